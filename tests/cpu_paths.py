@@ -140,9 +140,10 @@ class Weight:
         return everywhere(lambda: self.kernel(x, bias))
 
     def everywhere_int8(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The product with int8 activations on every path."""
+        """The product of a decode step with int8 activations on every path."""
         run = kernel("weight_only_linear_int8").run
-        return everywhere(lambda: run(x, *self.packed[:3], bias, *self._format))
+        with phase.decode():
+            return everywhere(lambda: run(x, *self.packed[:3], bias, *self._format))
 
     def reference(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         return reference.weight_only_linear(x, *self.stored[:3], bias, *self._format)

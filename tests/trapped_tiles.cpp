@@ -212,7 +212,8 @@ void on_illegal(int, siginfo_t *, void *given) {
         demand(at.mod() == 3, "an unknown instruction");
         memset(tiles.data[checked(at.reg())], 0, sizeof tiles.data[0]);
         break;
-    case 0x4B3: move(at, false); break;
+    case 0x4B3:
+    case 0x4B1: move(at, false); break;  // the latter is not to stay in the first cache
     case 0x4B2: move(at, true); break;
     case 0x5E3: multiply(at, with_bytes); break;
     case 0x5C2: multiply(at, with_pairs); break;

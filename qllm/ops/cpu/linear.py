@@ -38,12 +38,7 @@ WEIGHT_ONLY, WEIGHT_ONLY_INT8, INT8_DYNAMIC, INT8_STATIC = range(4)
 
 def about() -> str:
     """What the kernels do, for `--explain`."""
-    integers = "activations as integers, exact sums within a group"
-    if library.library().path == "amx":
-        # As `is_bf16_prefill` in prefill_amx.h decides.
-        prefill = "prefill of bfloat16 and float16: weights as bfloat16, sums in float32"
-        return f"{library.about()}; {prefill}; decode: {integers}"
-    return f"{library.about()}; {integers}"
+    return _by_phase("activations as integers, exact sums within a group")
 
 
 def about_int8_weights() -> str:
@@ -53,7 +48,16 @@ def about_int8_weights() -> str:
 
 def about_int8() -> str:
     """The same of `weight_only_linear_int8`."""
-    return f"{library.about()}; activations as int8, exact sums within a block of 128 inputs"
+    return _by_phase("activations as int8, exact sums within a block of 128 inputs")
+
+
+def _by_phase(integers: str) -> str:
+    """What the kernels do, where it is `integers` in all phases but perhaps the prefill."""
+    if library.library().path == "amx":
+        # As `is_bf16_prefill` in prefill_amx.h decides.
+        prefill = "prefill of bfloat16 and float16: weights as bfloat16, sums in float32"
+        integers = f"{prefill}; decode: {integers}"
+    return f"{library.about()}; {integers}"
 
 
 def unsupported_reason(device: str, in_features: int, group_size: int) -> str | None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from amx_tiles import AMX, AVX512, HAS_TILES, manual, pairs, pairs_library, started, tile_library
 from covering import each, slow_but
-from cpu_paths import DTYPES, INTEGERS, Weight, normal, same
+from cpu_paths import DTYPES, INTEGERS, Weight, factored_weight, normal, same
 from cpu_paths import random_weight as matrix_weight
 from torch import Tensor
 
@@ -142,23 +142,32 @@ def test_products_are_those_of_vectors(tiles, product, group_size):
             assert torch.equal(ours, expected), (rows, shape, zeros, dtype)
 
 
-def prefill(weight: Weight, x: Tensor, bias: Tensor | None = None) -> Tensor:
+def prefill(
+    weight: Weight, x: Tensor, bias: Tensor | None = None, run=linear.weight_only_linear
+) -> Tensor:
     """The product of a prefill."""
     request = weight.request
     form = (request.out_features, request.bits, request.group_size)
     packed = linear.pack(weight.stored, *form[1:], request.in_features)
-    return linear.weight_only_linear(x, *packed[:3], bias, *form)
+    return run(x, *packed[:3], bias, *form)
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_a_prefill_is_as_exact_as_a_product_of_bfloat16(tiles, bits):
-    # Panels are of 512 inputs and 32 outputs; an odd one is left over, and half a K block.
-    shapes = ((40, 1120), (70, 576), (20, 544), (72, 1045))
-    for i, (shape, group_size) in enumerate(zip(shapes, (32, 64, 96, -1), strict=True)):
+    # Blocks are of 512 inputs and 32 outputs; an odd panel is left over, and half a K block.
+    weights = (
+        matrix_weight((40, 1120), bits, 32),
+        matrix_weight((70, 576), bits, 64, "sym" if bits > 1 else "asym"),
+        matrix_weight((20, 544), bits, 96, scales_dtype=torch.float32),
+        matrix_weight((72, 1045), bits, -1),
+        matrix_weight((40, 553), bits, 16, "offset"),
+        factored_weight((20, 800), bits, 32, "offset"),
+        factored_weight((40, 560), bits, 16, "asym"),
+    )
+    for i, weight in enumerate(weights):
         # Either type meets each shape, at every other number of bits.
         dtype = (torch.bfloat16, torch.float16)[(i + i // 2 + bits) % 2]
-        scheme = "sym" if bits > 1 and group_size == 64 else "asym"
-        weight = matrix_weight(shape, bits, group_size, scheme)
+        shape = tuple(weight.matrix.shape)
         x, bias = normal(40, shape[1], dtype=dtype), normal(shape[0], dtype=dtype)
         exact = weight.exact(x, bias)
         theirs = torch.nn.functional.linear(*(t.bfloat16() for t in (x, weight.matrix, bias)))
@@ -168,6 +177,7 @@ def test_a_prefill_is_as_exact_as_a_product_of_bfloat16(tiles, bits):
         for rows in (1, 9, 16, 17, 33):
             assert same(prefill(weight, x[:rows], bias), whole[:rows])
             assert same(prefill(weight, x[-rows:], bias), whole[-rows:])
+        assert same(prefill(weight, x, bias, linear.weight_only_linear_int8), whole)
 
 
 def test_a_prefill_is_the_same_however_many_panels_go_together(tiles):
@@ -189,22 +199,21 @@ def test_a_prefill_of_more_rows_than_are_held_at_once(tiles):
     weight = matrix_weight((20, 64), 4, 32)
     x = normal(800, 64, dtype=torch.bfloat16)
     whole = prefill(weight, x)
-    for first in (0, 750, 768, 790):
+    for first in (0, 490, 512, 790):
         assert same(prefill(weight, x[first : first + 40]), whole[first : first + 40])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_where_a_prefill_is_that_of_decode(tiles, dtype):
-    # Rows with what integers cannot stand for; float32; groups with gaps; scales of float32.
+    # Rows with what integers cannot stand for; float32; groups with gaps.
     x = normal(20, 200, dtype=dtype)
     x[0, 7], x[1, 9], x[2, 5] = torch.inf, torch.nan, 3e38 if dtype.itemsize == 4 else torch.inf
-    cases = ((32, torch.float16), (100, torch.float16), (20, torch.float16), (32, torch.float32))
-    for group_size, scales in cases:
-        weight = matrix_weight((40, 200), 4, group_size, scales_dtype=scales)
+    for group_size in (16, 32, 100, 20):
+        weight = matrix_weight((40, 200), 4, group_size)
         ours = prefill(weight, x)
         with phase.decode():
             expected = prefill(weight, x)
-        integers = dtype == torch.float32 or group_size != 32 or scales == torch.float32
+        integers = dtype == torch.float32 or group_size in (100, 20)
         rows = slice(None) if integers else slice(3)
         assert same(ours[rows], expected[rows])
         assert integers or not same(ours, expected)

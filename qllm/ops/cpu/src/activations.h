@@ -61,7 +61,7 @@ struct Activations {
     float *scaled_sum; // (blocks, held_rows): of all planes, times the scale, where blocks have one
     int32_t *pairs;    // (blocks, held_rows): of the products of neighbours, where `words`
     uint8_t *fallback; // (rows,): left to float arithmetic
-    char *own;         // (threads, OWN_BYTES)
+    char *own;         // of threads
 
     int8_t *tile(const Block &b, int64_t row) const {
         return q + b.begin + row * b.row_bytes;
@@ -221,9 +221,10 @@ static void point_at(Operands &o, const Activations &x, int64_t b, int64_t row) 
     o.x_pairs = x.pairs + at;
 }
 
-// Memory for the activations of `rows` rows; false where there is none.
+// Memory for the activations of `rows` rows, and for threads; false where there is none.
 template <int P>
-bool prepare(Activations &x, const Linear &a, int64_t rows, const TileShape &shape) {
+bool prepare(Activations &x, const Linear &a, int64_t rows, const TileShape &shape,
+             int64_t own_bytes = OWN_BYTES) {
     x.rows = rows;
     x.held_rows = rows = (rows + shape.step - 1) / shape.step * shape.step;
     x.tile_rows = shape.rows;
@@ -242,7 +243,7 @@ bool prepare(Activations &x, const Linear &a, int64_t rows, const TileShape &sha
                        max_blocks * rows * 4,
                        x.words ? max_blocks * rows * 4 : 0,
                        rows,
-                       max_threads() * OWN_BYTES};
+                       max_threads() * own_bytes};
     char *parts[9];
     int64_t total = 0;
     for (int64_t size : sizes) total += (size + 63) / 64 * 64;

@@ -1,6 +1,5 @@
 // AMX. Compilers do not agree on what they define where they have it.
 #define HAS_TILES 1
-#include "dense.h"
 #include "dense_decode_amx.h"
 #include "isa.h"
 #include "kernels.h"
@@ -25,15 +24,16 @@ static_assert(CHUNK_ROWS % TILE_ROWS<1> == 0);  // tiles of sums have all their 
 static Status linear_by_phase(const Linear &a) {
     if (is_bf16_prefill(a))
         return a.x_type == BFLOAT16 ? bf16_prefill<BFLOAT16>(a) : bf16_prefill<FLOAT16>(a);
-    return a.rows <= max_vector_rows(a) ? avx512_path.linear(a) : linear(a);
+    if (a.rows <= max_vector_rows(a)) return avx512_path.linear(a);
+    return is_scaled(a) ? linear(a) : int8_passes(a);
 }
 
-static_assert(DENSE_ROWS % DENSE_TILE_ROWS == 0);
+static_assert(PASS_ROWS % DENSE_TILE_ROWS == 0);
 
 // Only bfloat16 is for tiles. Few rows have a way of their own, which gives the same bits.
 static Status dense_by_type(const Dense &a) {
     if (a.type != BFLOAT16) return avx512_path.dense(a);
-    return a.rows <= FEW_ROWS ? dense_few(a) : dense_of<BFLOAT16>(a);
+    return a.rows <= FEW_ROWS ? dense_few(a) : dense_prefill(a);
 }
 
 // As in limits.h: adds products in registers; returns how many operations, two for a product.
@@ -59,78 +59,46 @@ static int64_t multiply_all(int64_t rounds) {
     return all_rounds * 4 * SUMS * ROW_BYTES * 2;
 }
 
-// Whether tiles of blocks of some steps make the products that plain C++ makes.
-static bool products_are_right(int64_t steps) {
-    constexpr int64_t R = TILE_ROWS<1>, PANELS = 2, K = MAX_K_BLOCKS * K_BLOCK;
-    const int8_t some_x[] = {-128, 127, -1, 0, 127, -127, 1};
-    const uint8_t some_w[] = {255, 0, 128, 127, 1};
-    alignas(64) static int8_t x[R * K];
-    alignas(64) static uint8_t w[PANELS * LANES * K];
-    alignas(64) static uint32_t out[R * GROUP_LANES];
-    alignas(64) static int32_t sums[TILE_SUMS];
-    alignas(64) int32_t zeros[GROUP_LANES];
-    float scales[GROUP_LANES];
-    const int64_t panel_bytes = steps * LANES * STEP;
-    for (int64_t i = 0; i < R * K; i++) x[i] = some_x[(i + i / 64) % 7];
-    for (int64_t i = 0; i < PANELS * LANES * K; i++) w[i] = some_w[(i + i / 64) % 5];
-    for (int64_t i = 0; i < GROUP_LANES; i++) zeros[i] = 128;
-    for (int64_t i = 0; i < R * GROUP_LANES; i++) out[i] = 0x7FFFFFFF;  // sums wrap
+// Whether tiles of blocks of some steps make the products that plain C++ makes: of bytes, whose sums
+// wrap, or of pairs of whole numbers as bfloat16, whose sums no order changes.
+template <bool BYTES> bool products_are_right(int64_t steps) {
+    constexpr int64_t R = 2 * ROWS, N = PAIR * LANES, IN = BYTES ? STEP : 2;
+    const uint32_t some_bytes[] = {0x80, 127, 255, 0, 129, 1, 64};
+    const uint32_t some_pairs[] = {0x3F80, 0xC000, 0x4040, 0x0000, 0xC1C8, 0x4000, 0x3F80};
+    const int64_t together = BYTES ? tile_inputs(steps) / STEP : TILE_STEPS;
+    alignas(64) static uint32_t x[R * PASS_STEPS], w[PASS_BLOCK], out[2 * R * N];
+    const auto element = [&](int64_t i, int64_t of) {
+        return (BYTES ? some_bytes : some_pairs)[(i + i / 64 + of) % 7];
+    };
+    for (int64_t i = 0; i < steps * LANES * PAIR; i++) x[i] = w[i] = 0;
+    for (int64_t i = 0; i < steps * R; i++)
+        for (int64_t of = 0; of < IN; of++) {
+            x[i] |= element(i, of) << of * (32 / IN);
+            w[i] |= element(i + 5, of) << of * (32 / IN);
+        }
+    const uint32_t begin = BYTES ? 0x7FFFFFFF : 0x40E00000;  // 7.0
+    for (uint32_t &sum : out) sum = begin;
+    const auto *tiles_x = reinterpret_cast<const float *>(x);
     {
-        Tiles tiles(sums);
-        Linear a = {};
-        a.bits = 8;
-        Operands o = {w, panel_bytes, scales, zeros, 0, x, steps, false, scales, zeros, zeros,
-                      scales, reinterpret_cast<float *>(out)};
-        tiles.begin(o, a, w, PANELS, steps);
-        tiles.multiply<1>(o, R, PANELS);
-        tiles.end<1>();
+        Tiles tiles(nullptr);
+        tiles.take_shapes(together * STEP);
+        ComingInto<2> nothing;
+        multiply_pass<BYTES>({tiles_x, reinterpret_cast<const float *>(w), steps, together, false,
+                              reinterpret_cast<float *>(out)}, R, PAIR, nothing);
     }
     for (int64_t r = 0; r < R; r++)
-        for (int64_t n = 0; n < PANELS * LANES; n++) {
-            uint32_t sum = 0x7FFFFFFF;
+        for (int64_t n = 0; n < N; n++) {
+            uint32_t sum = begin;
+            float number = float_of(begin);
             for (int64_t step = 0; step < steps; step++) {
-                const int8_t *a = x + tile_offset(R, r, step, steps);
-                const uint8_t *b = w + n / LANES * panel_bytes + (step * LANES + n % LANES) * STEP;
-                for (int i = 0; i < STEP; i++) sum += uint32_t(a[i] * int8_t(b[i]));  // less zeros
+                const int64_t at = step / together * together * R + r * together + step % together;
+                const uint32_t a = x[at], b = w[(n / LANES * steps + step) * LANES + n % LANES];
+                for (int i = 0; i < 4; i++) sum += uint32_t(int8_t(a >> 8 * i) * int8_t(b >> 8 * i));
+                for (int i = 0; i < 2; i++)
+                    number += float_of(a >> 16 * i << 16) * float_of(b >> 16 * i << 16);
             }
-            if (out[r * GROUP_LANES + n] != sum) return false;
-        }
-    return true;
-}
-
-// The same of dense tiles: sums of whole numbers, which no order of theirs changes.
-static bool dense_products_are_right() {
-    constexpr int64_t R = DENSE_TILE_ROWS, PANELS = 2, S = 2 * TILE_STEPS;
-    alignas(64) static float x[R * S], w[PANELS * S * LANES], out[R * GROUP_LANES];
-    auto pair = [](int64_t i, uint32_t (&of)[2]) {  // 1, -2, 3, 0 and so on, as bfloat16
-        const uint32_t some[] = {0x3F80, 0xC000, 0x4040, 0x0000, 0xC1C8};
-        of[0] = some[(i + i / 64) % 5];
-        of[1] = some[(i + i / 16 + 3) % 5];
-    };
-    auto fill = [&](float *to, int64_t count) {
-        for (int64_t i = 0; i < count; i++) {
-            uint32_t two[2];
-            pair(i, two);
-            to[i] = float_of(two[0] | two[1] << 16);
-        }
-    };
-    fill(x, R * S);
-    fill(w, PANELS * S * LANES);
-    for (float &sum : out) sum = 7;
-    {
-        DenseTiles tiles;
-        tiles.multiply<true>({w, x, S, S, out}, R, PANELS);
-    }
-    for (int64_t r = 0; r < R; r++)
-        for (int64_t n = 0; n < PANELS * LANES; n++) {
-            float sum = 7;
-            for (int64_t step = 0; step < S; step++) {
-                uint32_t a[2], b[2];
-                pair(dense_offset(R, r, step), a);
-                pair(n / LANES * S * LANES + step * LANES + n % LANES, b);
-                for (int i = 0; i < 2; i++) sum += float_of(a[i] << 16) * float_of(b[i] << 16);
-            }
-            if (out[r * GROUP_LANES + n] != sum) return false;
+            const uint32_t got = out[((r / ROWS * PAIR + n / LANES) * ROWS + r % ROWS) * LANES + n % LANES];
+            if (BYTES ? got != sum : float_of(got) != number) return false;
         }
     return true;
 }
@@ -140,7 +108,7 @@ static bool few_products_are_right(int64_t rows) {
     constexpr int64_t IN = 2 * TILE_INPUTS, OUT = 2 * LANES;
     alignas(64) static uint16_t w[OUT * IN], of_x[FEW_ROWS * IN];
     alignas(64) static float x[FEW_ROWS * IN / 2], sums[2 * OUT * ROWS];
-    const uint16_t some[] = {0x3F80, 0xC000, 0x4040, 0x0000, 0xC1C8};  // as above
+    const uint16_t some[] = {0x3F80, 0xC000, 0x4040, 0x0000, 0xC1C8};  // 1, -2, 3, 0 and -25
     for (int64_t i = 0; i < OUT * IN; i++) w[i] = some[(i + i / IN) % 5];
     for (int64_t i = 0; i < rows * IN; i++) of_x[i] = some[(i + i / 16 + 3) % 5];
     const Dense a = {rows, IN, OUT, IN, BFLOAT16, 1, of_x, w, nullptr, nullptr};
@@ -165,8 +133,8 @@ static bool few_products_are_right(int64_t rows) {
 }
 
 static bool self_test() {
-    return products_are_right(MAX_K_BLOCKS * STEPS) && products_are_right(3 * STEPS) &&
-           products_are_right(STEPS / 2) && dense_products_are_right() &&
+    return products_are_right<true>(PASS_STEPS) && products_are_right<true>(3 * STEPS) &&
+           products_are_right<true>(STEPS / 2) && products_are_right<false>(2 * TILE_STEPS) &&
            few_products_are_right(1) && few_products_are_right(21);
 }
 

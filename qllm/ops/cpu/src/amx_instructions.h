@@ -25,6 +25,10 @@ template <int T> inline void zero_tile() { __asm__ volatile("tilezero %%tmm%c0" 
 template <int T> inline void load_tile(const void *from, int64_t stride) {
     __asm__ volatile("tileloadd (%0,%1), %%tmm%c2" : : "r"(from), "r"(stride), "i"(T) : "memory");
 }
+// The same of what is not read again soon: it does not take the place of others in the first cache.
+template <int T> inline void load_tile_once(const void *from, int64_t stride) {
+    __asm__ volatile("tileloaddt1 (%0,%1), %%tmm%c2" : : "r"(from), "r"(stride), "i"(T) : "memory");
+}
 template <int T> inline void store_tile(void *to, int64_t stride) {
     __asm__ volatile("tilestored %%tmm%c2, (%0,%1)" : : "r"(to), "r"(stride), "i"(T) : "memory");
 }

@@ -146,6 +146,8 @@ template <typename Function> Function of_current(Function Path::*member) {
     return path->*member;
 }
 
+constexpr size_t HUGE_PAGE = 2 << 20;
+
 struct Scratch {
     void *memory = nullptr;
     size_t size = 0;
@@ -160,10 +162,12 @@ bool qllm::spare_adders = false;
 
 void *qllm::scratch(size_t bytes) {
     if (own.size < bytes) {
-        size_t size = (bytes + 4095) / 4096 * 4096;
+        const size_t page = bytes < HUGE_PAGE ? 4096 : HUGE_PAGE;
+        const size_t size = (bytes + page - 1) / page * page;
         free(own.memory);
-        own.memory = aligned_alloc(4096, size);
+        own.memory = aligned_alloc(page, size);
         own.size = own.memory ? size : 0;
+        if (own.memory && page == HUGE_PAGE) madvise(own.memory, size, MADV_HUGEPAGE);
     }
     return own.memory;
 }

@@ -9,7 +9,6 @@ namespace {
 
 constexpr int VECTORS = LANES / WIDTH;  // to a panel
 constexpr int64_t GROUP_PANELS = 4;     // panels that share a pass over the activations
-constexpr int64_t PASS_PANELS = 8;      // the same of a dense product
 constexpr int64_t STEPS = K_BLOCK / STEP;
 constexpr int64_t GROUP_LANES = GROUP_PANELS * LANES;
 

@@ -1,15 +1,19 @@
-// y = x W^T + b of a prefill in bfloat16, on AMX: weights are dequantized to a panel in cache, and
-// sums stay in tiles over the whole of K, whatever the groups. A weight is rounded to bfloat16
-// once, as is an activation of float16; products and sums are those of dense layers in bfloat16
-// (dense.h). Rows that integers cannot stand for are left to float arithmetic here too: infinities
-// and NaN are those of other paths.
+// The products of a prompt on AMX: packed and dense weights times bfloat16, and weights of int8.
+//
+// Packed weights are dequantized to blocks in cache, and sums stay in tiles over many inputs,
+// whatever the groups. A weight is rounded to bfloat16 once, as is an activation of float16;
+// products and sums are those of dense layers in bfloat16. Rows that integers cannot stand for are
+// left to float arithmetic here too: infinities and NaN are those of other paths.
+//
+// Of `8:tc-li` all is integers: weights become signed bytes.
 #pragma once
 
-#include "dense.h"
+#include "dense_input.h"
 #include "isa.h"
 #include "kernels.h"
 #include "layout.h"
 #include "operands.h"
+#include "passes_amx.h"
 #include "results.h"
 #include "threads.h"
 #include "tiles.h"
@@ -17,109 +21,192 @@
 namespace qllm {
 namespace {
 
-// Of a panel: 256 inputs. Two panels of them stay in the first cache while all rows meet them: with
-// a tile's activations and sums they are 36 KiB, of 48; of 512 inputs that would be 68.
-constexpr int64_t PREFILL_STEPS = DENSE_STEPS;
-constexpr int64_t PREFILL_PANELS = DENSE_PANELS;  // that are dequantized at once
-constexpr int64_t K_BLOCK_STEPS = K_BLOCK / 2;
+constexpr int64_t K_BLOCK_STEPS = K_BLOCK / 2;  // of pairs
 
-// Floats of a thread's own: its sums, and what is dequantized.
-constexpr int64_t PREFILL_OWN = DENSE_SUMS + PREFILL_PANELS * PREFILL_STEPS * LANES;
-
-// Whether a layer's prefill runs so. This is the one place where that is decided: it has not been
-// measured on AMX yet. Groups have no gaps between them, and weights are in the range of bfloat16;
-// those with offsets (of GGUF files) stay integers.
+// Whether a layer's prefill runs so: the one place where that is decided. It is faster than that of
+// integers is with activations as int8, too, and nearer to the reference. Groups have no gaps
+// between them.
 static inline bool is_bf16_prefill(const Linear &a) {
-    const bool gaps = a.group % K_BLOCK && a.group < a.in;
-    const bool half_scales = a.scale_type == FLOAT16 || a.scale_type == BFLOAT16;
-    return a.prefill && a.mode == WEIGHT_ONLY && a.x_type != FLOAT32 && half_scales && !gaps &&
-           !a.offsets;
+    const bool gaps = filled_inputs(a.group) % K_BLOCK && a.group < a.in;
+    return a.prefill && is_scaled(a) && a.x_type != FLOAT32 && !gaps;
 }
 
-// Steps of a panel, from a whole K block on, to pairs of bfloat16: (q - zero) scale, rounded once.
-static void dequantize(const Linear &a, int64_t panel, int64_t step, int64_t steps, float *to) {
+// How weights become numbers. Scales of 16 bits times integers are exact in float32, others not;
+// weights with offsets have those in place of zeros.
+enum Scales { HALVES, FLOATS, OFFSETS };
+
+// (256 + integer) becomes a number, of channels that have their scale in common.
+template <Scales KIND> struct ToNumber {
+    VF scale, less;
+
+    // Of a group of a panel.
+    ToNumber(const Linear &a, int64_t groups, int64_t panel, int64_t group) {
+        scale = scales_at(a.scales, a.scale_type, a.group, groups, panel, group, 0);
+        if constexpr (KIND == OFFSETS) {
+            less = scales_at(a.offsets, a.scale_type, a.group, groups, panel, group, 0);
+        } else {
+            const int64_t at = (panel * groups + group) * LANES;
+            const VI zero = a.zeros ? load_bytes(a.zeros + at) : set_i(1 << (a.bits - 1));
+            const VI all = add_i(set_i(256), zero);  // of 9 bits
+            less = KIND == HALVES ? mul_f(to_float(sub_i(zero_i(), all)), scale) : to_float(all);
+        }
+    }
+
+    INLINE VF operator()(VF above_256) const {
+        if constexpr (KIND == HALVES) return fma_f(above_256, scale, less);
+        if constexpr (KIND == FLOATS) return mul_f(sub_f(above_256, less), scale);
+        return fma_f(sub_f(above_256, set_f(256)), scale, less);
+    }
+};
+
+// Steps of a panel, from a whole K block on, to pairs of bfloat16, rounded once.
+template <Scales KIND>
+void dequantize(const Linear &a, int64_t panel, int64_t step, int64_t steps, float *to) {
     const int64_t k_blocks = row_k_blocks(a.in, a.group), groups = (a.in + a.group - 1) / a.group;
     alignas(64) uint8_t bytes[K_BLOCK * LANES];
     const int64_t end = (step + steps) / K_BLOCK_STEPS;
+    const int64_t part = a.group == HALF_K_BLOCK ? STEPS / 2 : STEPS;  // that has one scale
     for (int64_t k_block = step / K_BLOCK_STEPS; k_block < end; k_block++) {
         unpack_integers(a, a.q + (panel * k_blocks + k_block) * 64 * a.held_bits(), bytes);
-        const int64_t at = (panel * groups + k_block * K_BLOCK / a.group) * LANES;
-        const VF scale = load_as(a.scales, at, a.scale_type, WIDTH);
-        const VI zero = a.zeros ? load_bytes(a.zeros + at) : set_i(1 << (a.bits - 1));
-        // All of this is exact: scales have 11 bits, and 256 + zero has 9.
-        const VF less = mul_f(to_float(sub_i(set_i(-256), zero)), scale);
-        for (int64_t s = 0; s < STEPS; s++, to += 2 * LANES) {
-            const VI four = weights(bytes + s * 64);
-            store_f(to, interleaved_pairs(fma_f(above_256<0>(four), scale, less),
-                                          fma_f(above_256<1>(four), scale, less)));
-            store_f(to + LANES, interleaved_pairs(fma_f(above_256<2>(four), scale, less),
-                                                  fma_f(above_256<3>(four), scale, less)));
-        }
-    }
-}
-
-// Up to PASS_PANELS panels times all rows, which are read once for all of them.
-template <int64_t TYPE>
-void prefill_panels(const Linear &a, const Dense &dense, const DenseInput &x, int64_t first,
-                    const uint8_t *fallback, int64_t panel, int64_t panels, float *own,
-                    DenseTiles &tiles) {
-    float *weight = own + DENSE_SUMS;
-    for (int64_t p = 0; p < panels; p += GROUP_PANELS)
-        for (int64_t i = 0; i < x.rows * GROUP_LANES; i += WIDTH)
-            store_f(dense_sums(own, 0, p) + i, set_f(0));
-    for (int64_t step = 0; step < x.steps; step += x.block) {
-        const int64_t steps = smaller(x.block, x.steps - step);
-        for (int64_t p = 0; p < panels; p += PREFILL_PANELS) {
-            const int64_t some = smaller(PREFILL_PANELS, panels - p);
-            for (int64_t n = 0; n < some; n++)
-                dequantize(a, panel + p + n, step, steps, weight + n * steps * LANES);
-            for (int64_t row = 0, rows; row < x.rows; row += rows) {
-                rows = dense_tile_rows(x.rows - row);
-                float *out = dense_sums(own, row, p);
-                prefetch_rows<true>(out, GROUP_LANES * 4, some * LANES * 4, rows);
-                tiles.multiply<true>({weight, x.tile(row, step, steps), steps, steps, out}, rows,
-                                     some);
+        for (int64_t s = 0; s < STEPS; s += part) {
+            const int64_t group = smaller((k_block * K_BLOCK + s * STEP) / a.group, groups - 1);
+            const ToNumber<KIND> number(a, groups, panel, group);
+            for (int64_t i = s; i < s + part; i++, to += 2 * LANES) {
+                const VI four = weights(bytes + i * 64);
+                store_f(to, interleaved_pairs(number(above_256<0>(four)),
+                                              number(above_256<1>(four))));
+                store_f(to + LANES, interleaved_pairs(number(above_256<2>(four)),
+                                                      number(above_256<3>(four))));
             }
         }
     }
-    for (int64_t row = 0; row < x.rows && first + row < a.rows; row++) {
-        for (int64_t p = 0; p < panels; p += GROUP_PANELS)
-            store_sums<TYPE>(dense, first + row, (panel + p) * LANES,
-                             smaller(GROUP_PANELS, panels - p) * LANES, dense_sums(own, row, p));
-        if (fallback[row]) multiply_fallback_row(a, first + row, panel, panels);
+}
+
+static void dequantize(const Linear &a, int64_t panel, int64_t step, int64_t steps, float *to) {
+    if (a.offsets) return dequantize<OFFSETS>(a, panel, step, steps, to);
+    if (a.scale_type == FLOAT16 || a.scale_type == BFLOAT16)
+        return dequantize<HALVES>(a, panel, step, steps, to);
+    return dequantize<FLOATS>(a, panel, step, steps, to);
+}
+
+// A product in bfloat16, of some rows from `first` on.
+template <int64_t TYPE> struct PairProduct {
+    static constexpr bool BYTES = false;
+    const Dense &dense;
+    const Linear *packed;  // or null, where weights are dense
+    int64_t first, rows, held_rows, all_steps, blocks;
+    float *x;
+
+    int64_t steps(int64_t b) const { return smaller(PASS_STEPS, all_steps - b * PASS_STEPS); }
+    int64_t together(int64_t) const { return TILE_STEPS; }
+    DenseInput input() const { return {held_rows, all_steps, x, PASS_STEPS}; }
+    const float *tile(int64_t b, int64_t row) const {
+        return input().tile(row, b * PASS_STEPS, steps(b));
     }
+    void fill(int64_t panel, int64_t b, float *to) const {
+        if (packed) {
+            dequantize(*packed, panel, b * PASS_STEPS, steps(b), to);
+        } else if constexpr (TYPE == BFLOAT16) {
+            load_panel<TYPE>(dense, panel, b * PASS_STEPS, steps(b), to);
+        }
+    }
+    void store(int64_t row, int64_t panel, const float *sums) const {
+        store_sums<TYPE>(dense, first + row, panel * LANES, LANES, sums);
+    }
+    // The activations of a block as tiles take them.
+    void lay_out_block(int64_t b) const {
+        for (int64_t row = 0; row < held_rows; row += dense_tile_rows(held_rows - row))
+            lay_out<TYPE, true>(dense, input(), first, row, b * PASS_STEPS);
+    }
+};
+
+// y = x W^T + b in bfloat16, of packed weights or of those of `dense`; `all_steps`: of a row.
+template <int64_t TYPE>
+Status multiply_pairs(const Dense &dense, const Linear *packed, int64_t all_steps) {
+    const int64_t panels = (dense.out + LANES - 1) / LANES;
+    for (int64_t first = 0; first < dense.rows; first += PASS_ROWS) {
+        PairProduct<TYPE> product = {dense, packed};
+        product.first = first;
+        product.rows = smaller(PASS_ROWS, dense.rows - first);
+        product.held_rows = in_whole_tiles(product.rows);
+        product.all_steps = all_steps;
+        product.blocks = (all_steps + PASS_STEPS - 1) / PASS_STEPS;
+        const int64_t held = all_steps * product.held_rows;
+        const int64_t own = max_threads() * pass_own(panels, product.held_rows);
+        product.x = static_cast<float *>(scratch(size_t((held + own) * 4 + PASS_ROWS)));
+        if (!product.x) return Status::NO_MEMORY;
+        uint8_t *fallback = reinterpret_cast<uint8_t *>(product.x + held + own);
+        const bool worth = held > WORTH_THREADS;
+        if (packed)
+            for_each(product.rows, worth, [&](int64_t row, int64_t) {
+                const int64_t at = (first + row) * packed->x_stride;
+                fallback[row] = largest_bits(*packed, at, packed->in) >= FALLBACK_BITS;
+            });
+        for_each(product.blocks, worth, [&](int64_t b, int64_t) { product.lay_out_block(b); });
+        multiply_passes(product, panels, held * 4, product.x + held,
+                        [&](int64_t panel, int64_t some) {
+                            for (int64_t row = 0; packed && row < product.rows; row++)
+                                if (fallback[row])
+                                    multiply_fallback_row(*packed, first + row, panel, some);
+                        });
+    }
+    return Status::OK;
 }
 
 template <int64_t TYPE> Status bf16_prefill(const Linear &a) {
-    const int64_t panels = (a.out + LANES - 1) / LANES;
     const Dense dense = {a.rows, a.in, a.out, a.x_stride, a.x_type, 0, a.x, nullptr, a.bias, a.y};
-    for (int64_t first = 0; first < a.rows; first += DENSE_ROWS) {
-        const int64_t rows = smaller(DENSE_ROWS, a.rows - first);
-        DenseInput x;
-        x.rows = in_whole_tiles(rows);
-        x.steps = row_k_blocks(a.in, a.group) * K_BLOCK_STEPS;
-        x.block = PREFILL_STEPS;
-        const int64_t held = x.steps * x.rows;
-        x.x = static_cast<float *>(
-            scratch(size_t((held + max_threads() * PREFILL_OWN) * 4 + DENSE_ROWS)));
-        if (!x.x) return Status::NO_MEMORY;
-        float *own = x.x + held;
-        uint8_t *fallback = reinterpret_cast<uint8_t *>(own + max_threads() * PREFILL_OWN);
-        const bool worth = x.rows * x.steps > WORTH_THREADS;
-        for_each(rows, worth, [&](int64_t row, int64_t) {
-            fallback[row] = largest_bits(a, (first + row) * a.x_stride, a.in) >= FALLBACK_BITS;
-        });
-        for_each((x.steps + x.block - 1) / x.block, worth, [&](int64_t block, int64_t) {
-            for (int64_t row = 0; row < x.rows; row += dense_tile_rows(x.rows - row))
-                lay_out<TYPE, true>(dense, x, first, row, block * x.block);
-        });
-        in_threads(panels, fair_panels(panels), [&](const Share &share) {
-            DenseTiles tiles;
-            take_parts(share, [&](int64_t panel, int64_t end) {
-                prefill_panels<TYPE>(a, dense, x, first, fallback, panel, end - panel,
-                                     own + share.thread * PREFILL_OWN, tiles);
-            });
-        });
+    return multiply_pairs<TYPE>(dense, &a, row_k_blocks(a.in, a.group) * K_BLOCK_STEPS);
+}
+
+// Dense weights in bfloat16; where there are no inputs, zeros take their place.
+static Status dense_prefill(const Dense &a) {
+    const int64_t tiles = (a.in + 2 * TILE_STEPS - 1) / (2 * TILE_STEPS);
+    return multiply_pairs<BFLOAT16>(a, nullptr, (tiles ? tiles : 1) * TILE_STEPS);
+}
+
+// Weights and activations of int8, of some rows from `first` on.
+struct ByteProduct {
+    static constexpr bool BYTES = true;
+    const Linear &a;
+    const Activations &x;
+    int64_t first, rows, held_rows, blocks;
+
+    int64_t steps(int64_t b) const { return x.block[b].steps; }
+    int64_t together(int64_t b) const { return tile_inputs(steps(b)) / STEP; }
+    const float *tile(int64_t b, int64_t row) const {
+        return reinterpret_cast<const float *>(x.tile(x.block[b], row));
+    }
+    void fill(int64_t panel, int64_t b, float *to) const {
+        const uint8_t *q = a.q + (panel * x.k_blocks + x.block[b].step / STEPS) * 64 * a.held_bits();
+        const VI sign = set_i(int32_t(0x80808080));
+        for (int64_t s = 0; s < steps(b); s += STEPS, q += 64 * a.held_bits()) {
+            alignas(64) uint8_t bytes[K_BLOCK * LANES];
+            unpack_integers(a, q, bytes);
+            // A K block that is half filled is unpacked as a whole.
+            for (int64_t i = 0; i < smaller(STEPS, steps(b) - s); i++, to += LANES)
+                store_f(to, as_float(_mm512_xor_si512(weights(bytes + i * 64), sign)));
+        }
+    }
+    void store(int64_t row, int64_t panel, const float *sums) const {
+        const VF scale = load_as(a.scales, panel * LANES, a.scale_type, WIDTH);
+        const VF value = to_float(load_i(reinterpret_cast<const int32_t *>(sums)));
+        const VF scaled = mul_f(mul_f(value, set_f(x.scale[row])), scale);
+        store_result(a, first + row, panel * LANES, scaled);
+    }
+};
+
+static Status int8_passes(const Linear &a) {
+    const int64_t panels = (a.out + LANES - 1) / LANES;
+    for (int64_t first = 0; first < a.rows; first += PASS_ROWS) {
+        const int64_t rows = smaller(PASS_ROWS, a.rows - first), held_rows = in_whole_tiles(rows);
+        Activations x;
+        const TileShape shape = {2 * ROWS, ROWS, false};
+        if (!prepare<1>(x, a, rows, shape, pass_own(panels, held_rows) * 4))
+            return Status::NO_MEMORY;
+        quantize_all<1>(a, x, first);
+        const ByteProduct product = {a, x, first, rows, held_rows, x.blocks};
+        multiply_passes(product, panels, x.k_blocks * K_BLOCK * held_rows,
+                        reinterpret_cast<float *>(x.own), [](int64_t, int64_t) {});
     }
     return Status::OK;
 }

@@ -11,15 +11,21 @@
 namespace qllm {
 namespace {
 
+// A vector of channels of a row to y, with the bias.
+INLINE inline void store_result(const Linear &a, int64_t row, int64_t channel, VF value) {
+    const int64_t count = a.out - channel;
+    if (a.bias) value = add_f(value, load_as(a.bias, channel, a.x_type, count));
+    store_as(a.y, row * a.out + channel, a.x_type, count, value);
+}
+
 // The sums of a group of panels to y.
 template <int P>
 void finish(const Linear &a, const Activations &x, int64_t first, int64_t row, int64_t rows,
             int64_t panel, int64_t panels, const float *sums, const float *scales) {
     for (int64_t r = 0; r < rows; r++) {
-        int64_t start = (first + row + r) * a.out;
         for (int64_t lane = 0; lane < panels * LANES; lane += WIDTH) {
-            int64_t channel = panel * LANES + lane, count = a.out - channel;
-            if (count <= 0) break;
+            const int64_t channel = panel * LANES + lane;
+            if (channel >= a.out) break;
             const float *sum = sums + r * GROUP_LANES + lane;
             VF value;
             if (is_scaled(a)) {
@@ -29,8 +35,7 @@ void finish(const Linear &a, const Activations &x, int64_t first, int64_t row, i
                 value = mul_f(value, set_f(x.scale[row + r]));
                 value = mul_f(value, load_f(scales + lane));
             }
-            if (a.bias) value = add_f(value, load_as(a.bias, channel, a.x_type, count));
-            store_as(a.y, start + channel, a.x_type, count, value);
+            store_result(a, first + row + r, channel, value);
         }
     }
 }

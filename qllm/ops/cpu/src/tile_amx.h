@@ -18,8 +18,8 @@ constexpr int64_t ROWS = 16;         // of a tile
 constexpr int64_t ROW_BYTES = 64;
 constexpr int64_t SUMS = ROWS * LANES;
 constexpr int64_t TILE_SUMS = 8 * SUMS;  // that a thread keeps in memory
-// Of a block that has no scale of its own: its sums leave the tiles once in 512 inputs.
-constexpr int64_t UNSCALED_K_BLOCKS = 16;
+// Of a block that has no scale of its own: its sums leave the tiles once in 1024 inputs.
+constexpr int64_t UNSCALED_K_BLOCKS = 32;
 
 // One plane has two tiles of rows side by side, as others have two planes.
 template <int P> constexpr int64_t TILE_ROWS = P == 1 ? 2 * ROWS : ROWS;
@@ -187,7 +187,7 @@ class Tiles {
                 store_sums<2, W>(sums_ + plane * 2 * SUMS, 2 * SUMS, SUMS, LANES * 4);
             }
             postpone<W>(o, rows, panel);
-        } else if (o.scaled) {
+        } else {
             if (rows > ROWS) {
                 clear_sums<2, W>();
                 add_products<2, W>(o, o.x, ROWS * stride, stride, operands, w);
@@ -200,19 +200,6 @@ class Tiles {
                 store_sums<1, W>(sums_, 0, SUMS, LANES * 4);
             }
             postpone<W>(o, rows, panel);
-        } else {
-            // Nothing to scale: sums over blocks stay integers. They come and go as tiles.
-            int32_t *out = reinterpret_cast<int32_t *>(o.out) + panel * LANES;
-            constexpr int64_t NEXT = ROWS * GROUP_LANES, OUT_STRIDE = GROUP_LANES * 4;
-            if (rows > ROWS) {
-                load_sums<2, W>(out, NEXT, LANES, OUT_STRIDE);
-                add_products<2, W>(o, o.x, ROWS * stride, stride, operands, w);
-                store_sums<2, W>(out, NEXT, LANES, OUT_STRIDE);
-            } else {
-                load_sums<1, W>(out, NEXT, LANES, OUT_STRIDE);
-                add_products<1, W>(o, o.x, 0, stride, operands, w);
-                store_sums<1, W>(out, NEXT, LANES, OUT_STRIDE);
-            }
         }
     }
 

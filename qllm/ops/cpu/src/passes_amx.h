@@ -1,0 +1,163 @@
+// Products of many rows on AMX: how weights and activations of any kind meet in tiles.
+//
+// A product of two by two tiles takes 64 cycles, and its operands are 4 KiB: more than the second
+// cache gives meanwhile. Sums that leave the tiles for it and come back cost as much as four such
+// products. So a block of two panels of weights, 32 KiB, is made in the first cache, and all rows
+// pass it by: their tiles come from the second cache, by loads that do not put them into the first
+// one, in the place of weights. Sums stay in tiles for the whole block, and are asked for before
+// their turn. Activations that are more than the second cache holds are asked for a block ahead;
+// each block of them meets many panels before it goes.
+//
+// A row is a sum over all inputs in their order, in tiles and in memory, whatever else is computed.
+#pragma once
+
+#include "dense_tile_amx.h"
+#include "isa.h"
+#include "operands.h"
+#include "prefetch.h"
+#include "threads.h"
+#include "tile_amx.h"
+
+namespace qllm {
+namespace {
+
+constexpr int64_t PAIR = 2;           // panels of a block
+constexpr int64_t PASS_STEPS = 256;   // of a block at most: a step has 4 bytes of a row or channel
+constexpr int64_t PASS_ROWS = 512;    // with PASS_PANELS, 1 MiB of sums
+constexpr int64_t PASS_PANELS = 32;   // in all that meet a block of activations
+constexpr int64_t PASS_BLOCK = PAIR * PASS_STEPS * LANES;  // floats
+constexpr int64_t PASS_PARTS = 4;     // of a thread's panels, for others to take
+constexpr int64_t NEAR_BYTES = 1 << 20;  // of activations that stay in the second cache
+
+// What a pair of panels times up to two tiles of rows is made of.
+struct Pass {
+    const float *x, *w;        // tiles as `dense_offset` says, and panels of (steps, LANES)
+    int64_t steps, together;   // `together` of them to a tile
+    bool first;                // there are no sums yet
+    float *sums;               // (row tiles, PAIR, ROWS, LANES), added to
+};
+
+// Adds products of bytes, or of pairs of bfloat16.
+template <bool BYTES, int SUM, int X, int W> INLINE inline void add_tiles() {
+    if constexpr (BYTES) {
+        add_product<SUM, X, W>();
+    } else {
+        add_pairs<SUM, X, W>();
+    }
+}
+
+// The sums behind these are asked for meanwhile, and so is what is `coming`.
+template <bool BYTES, int X, int W>
+__attribute__((noinline)) void multiply_pass(const Pass &t, ComingInto<2> &coming) {
+    constexpr int64_t LINES = X * PAIR * SUMS * 4 / 64;
+    const int64_t bytes = t.together * STEP, tiles = t.steps / t.together;
+    const int64_t lines = (LINES + tiles - 1) / tiles;
+    const float *x = t.x, *w = t.w, *next_w = w + t.steps * LANES;
+    char *ahead = reinterpret_cast<char *>(t.sums + X * PAIR * SUMS);
+    if (t.first) {
+        clear_sums<X, W>();
+    } else {
+        load_sums<X, W>(t.sums, PAIR * SUMS, SUMS, ROW_BYTES);
+    }
+    for (int64_t left = tiles; left > 0; left--) {
+        load_tile_once<X_TILE>(x, bytes);
+        load_tile<W_TILE>(w, ROW_BYTES);
+        add_tiles<BYTES, 0, X_TILE, W_TILE>();
+        if constexpr (X == 2) {
+            load_tile_once<X_TILE + 1>(x + ROWS * t.together, bytes);
+            add_tiles<BYTES, 2, X_TILE + 1, W_TILE>();
+        }
+        if constexpr (W == 2) {
+            load_tile<W_TILE + 1>(next_w, ROW_BYTES);
+            add_tiles<BYTES, 1, X_TILE, W_TILE + 1>();
+        }
+        if constexpr (X == 2 && W == 2) add_tiles<BYTES, 3, X_TILE + 1, W_TILE + 1>();
+        for (int64_t line = 0; line < lines; line++, ahead += 64) __builtin_prefetch(ahead, 1);
+        coming.ask(1);
+        x += X * ROWS * t.together;
+        w += LANES * t.together;
+        next_w += LANES * t.together;
+    }
+    store_sums<X, W>(t.sums, PAIR * SUMS, SUMS, ROW_BYTES);
+}
+
+template <bool BYTES>
+void multiply_pass(const Pass &t, int64_t rows, int64_t panels, ComingInto<2> &coming) {
+    if (panels < PAIR)
+        return rows > ROWS ? multiply_pass<BYTES, 2, 1>(t, coming)
+                           : multiply_pass<BYTES, 1, 1>(t, coming);
+    return rows > ROWS ? multiply_pass<BYTES, 2, 2>(t, coming)
+                       : multiply_pass<BYTES, 1, 2>(t, coming);
+}
+
+// Some panels times all rows of a product, which has
+//
+//   BYTES                       whether its operands are bytes
+//   rows, held_rows             its rows, and those that fill whole tiles
+//   blocks, steps(block)        of its inputs; steps are a multiple of `together(block)`
+//   tile(block, row)            activations of a tile that begins with a row
+//   fill(panel, block, to)      a block's weights, to (steps, LANES)
+//   store(row, panel, sums)     a panel's sums of a row as results
+template <typename Product>
+void pass_panels(const Product &product, int64_t panel, int64_t panels, bool near, float *own,
+                 Tiles &tiles) {
+    const int64_t rows = product.held_rows, row_tiles = (rows + 2 * ROWS - 1) / (2 * ROWS);
+    float *w = own, *all_sums = own + PASS_BLOCK;
+    for (int64_t b = 0; b < product.blocks; b++) {
+        const int64_t steps = product.steps(b), together = product.together(b);
+        tiles.take_shapes(together * STEP);
+        ComingInto<2> coming;
+        if (!near && b + 1 < product.blocks)
+            coming = ComingInto<2>(product.tile(b + 1, 0), product.steps(b + 1) * rows * STEP,
+                                   (panels + 1) / PAIR * row_tiles * (steps / together));
+        for (int64_t p = 0; p < panels; p += PAIR) {
+            const int64_t some = smaller(PAIR, panels - p);
+            for (int64_t n = 0; n < some; n++) product.fill(panel + p + n, b, w + n * steps * LANES);
+            float *sums = all_sums + p * rows * LANES;
+            for (int64_t row = 0, count; row < rows; row += count, sums += count * PAIR * LANES) {
+                count = dense_tile_rows(rows - row);
+                multiply_pass<Product::BYTES>({product.tile(b, row), w, steps, together, !b, sums},
+                                              count, some, coming);
+            }
+        }
+    }
+    for (int64_t row = 0; row < product.rows; row++)
+        for (int64_t p = 0; p < panels; p++) {
+            const float *of_pair = all_sums + (p / PAIR * PAIR * rows + row / ROWS * ROWS * PAIR) * LANES;
+            product.store(row, panel + p, of_pair + (p % PAIR * ROWS + row % ROWS) * LANES);
+        }
+}
+
+// How many panels are taken at once, of all there are.
+static int64_t pass_part(int64_t panels) {
+    const int64_t fair = panels / max_threads() / PASS_PARTS / PAIR * PAIR;
+    return fair < PAIR ? PAIR : smaller(fair, PASS_PANELS);
+}
+
+// Floats that a thread has of its own for that: a block, and sums.
+static int64_t pass_own(int64_t panels, int64_t held_rows) {
+    return PASS_BLOCK + (pass_part(panels) * held_rows + 2 * PAIR * ROWS) * LANES;
+}
+
+// All panels; `behind(panel, panels)` is called when those are done. `own`: of all threads.
+template <typename Product, typename Behind>
+void multiply_passes(const Product &product, int64_t panels, int64_t x_bytes, float *own,
+                     const Behind &behind) {
+    const bool near = x_bytes <= NEAR_BYTES;
+    in_threads(panels, pass_part(panels), [&](const Share &share) {
+        Tiles tiles(nullptr);
+        float *memory = own + share.thread * pass_own(panels, product.held_rows);
+        take_parts(share, [&](int64_t panel, int64_t end) {
+            // Activations that are near need not be used up: weights are read without a pause.
+            const int64_t most = near ? PAIR : end - panel;
+            for (int64_t some; panel < end; panel += some) {
+                some = smaller(most, end - panel);
+                pass_panels(product, panel, some, near, memory, tiles);
+                behind(panel, some);
+            }
+        });
+    });
+}
+
+}  // namespace
+}  // namespace qllm
