@@ -97,7 +97,8 @@ void multiply_pass(const Pass &t, int64_t rows, int64_t panels, ComingInto<2> &c
 //   blocks, steps(block)        of its inputs; steps are a multiple of `together(block)`
 //   tile(block, row)            activations of a tile that begins with a row
 //   fill(panel, block, to)      a block's weights, to (steps, LANES)
-//   store(row, panel, sums)     a panel's sums of a row as results
+//   store(row, panel, panels, sums, apart)  a row's sums as results: those of a panel, SUMS behind
+//                               them those of the next, and `apart` behind those the next pair's
 template <typename Product>
 void pass_panels(const Product &product, int64_t panel, int64_t panels, bool near, float *own,
                  Tiles &tiles) {
@@ -121,11 +122,10 @@ void pass_panels(const Product &product, int64_t panel, int64_t panels, bool nea
             }
         }
     }
-    for (int64_t row = 0; row < product.rows; row++)
-        for (int64_t p = 0; p < panels; p++) {
-            const float *of_pair = all_sums + (p / PAIR * PAIR * rows + row / ROWS * ROWS * PAIR) * LANES;
-            product.store(row, panel + p, of_pair + (p % PAIR * ROWS + row % ROWS) * LANES);
-        }
+    for (int64_t row = 0; row < product.rows; row++) {
+        const float *of_row = all_sums + (row / ROWS * PAIR * ROWS + row % ROWS) * LANES;
+        product.store(row, panel, panels, of_row, PAIR * rows * LANES);
+    }
 }
 
 // How many panels are taken at once, of all there are.

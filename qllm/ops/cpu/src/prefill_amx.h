@@ -110,8 +110,11 @@ template <int64_t TYPE> struct PairProduct {
             load_panel<TYPE>(dense, panel, b * PASS_STEPS, steps(b), to);
         }
     }
-    void store(int64_t row, int64_t panel, const float *sums) const {
-        store_sums<TYPE>(dense, first + row, panel * LANES, LANES, sums);
+    void store(int64_t row, int64_t panel, int64_t panels, const float *sums,
+               int64_t apart) const {
+        for (int64_t p = 0; p < panels; p++)
+            store_sums<TYPE>(dense, first + row, (panel + p) * LANES, LANES,
+                             sums + p / PAIR * apart + p % PAIR * SUMS);
     }
     // The activations of a block as tiles take them.
     void lay_out_block(int64_t b) const {
@@ -181,17 +184,25 @@ struct ByteProduct {
         const VI sign = set_i(int32_t(0x80808080));
         for (int64_t s = 0; s < steps(b); s += STEPS, q += 64 * a.held_bits()) {
             alignas(64) uint8_t bytes[K_BLOCK * LANES];
-            unpack_integers(a, q, bytes);
+            if (a.levels) unpack_integers(a, q, bytes);
+            const uint8_t *from = a.levels ? bytes : q;  // bytes are steps as they lie
             // A K block that is half filled is unpacked as a whole.
-            for (int64_t i = 0; i < smaller(STEPS, steps(b) - s); i++, to += LANES)
-                store_f(to, as_float(_mm512_xor_si512(weights(bytes + i * 64), sign)));
+            for (int64_t i = 0; i < smaller(STEPS, steps(b) - s); i++, to += LANES) {
+                if (!a.levels) prefetch_into<2>(from + i * 64 + AHEAD<2>);
+                store_f(to, as_float(_mm512_xor_si512(weights(from + i * 64), sign)));
+            }
         }
     }
-    void store(int64_t row, int64_t panel, const float *sums) const {
-        const VF scale = load_as(a.scales, panel * LANES, a.scale_type, WIDTH);
-        const VF value = to_float(load_i(reinterpret_cast<const int32_t *>(sums)));
-        const VF scaled = mul_f(mul_f(value, set_f(x.scale[row])), scale);
-        store_result(a, first + row, panel * LANES, scaled);
+    void store(int64_t row, int64_t panel, int64_t panels, const float *sums,
+               int64_t apart) const {
+        const VF of_row = set_f(x.scale[row]);
+        for (int64_t p = 0; p < panels; p++) {
+            const int64_t channel = (panel + p) * LANES;
+            const float *from = sums + p / PAIR * apart + p % PAIR * SUMS;
+            const VF value = to_float(load_i(reinterpret_cast<const int32_t *>(from)));
+            const VF scale = load_as(a.scales, channel, a.scale_type, WIDTH);
+            store_result(a, first + row, channel, mul_f(mul_f(value, of_row), scale));
+        }
     }
 };
 
