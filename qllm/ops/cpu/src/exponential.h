@@ -6,9 +6,11 @@
 namespace qllm {
 namespace {
 
-// e^v to two units in the last place; from -87 down it is not 0 but about 1e-38.
+constexpr float LEAST_EXPONENT = -87;
+
+// e^v to two units in the last place; from LEAST_EXPONENT down it is not 0 but about 1e-38.
 inline VF exp_f(VF v) {
-    v = max_f(set_f(-87.0f), min_f(set_f(88.0f), v));
+    v = max_f(set_f(LEAST_EXPONENT), min_f(set_f(88.0f), v));
     VI power = nearest_i(mul_f(v, set_f(1.44269504f)));  // what is not a number stays none
     VF n = to_float(power);
     // v - n ln 2, ln 2 in two parts, of which the first has few bits.

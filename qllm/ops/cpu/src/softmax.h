@@ -15,11 +15,15 @@ namespace {
 alignas(64) constexpr float LANE[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
 // e^(s - m_i), the softmax before its division, in place of scores s of which m_i is the largest;
-// their sum l_i.
+// their sum l_i. The least that exp_f knows becomes 0: sums of values that weigh no more, such as
+// those of tokens far away under ALiBi, would be subnormal, for each of which Intel's processors
+// take some hundred cycles.
 inline float exponents(float *scores, int64_t count, float m_i) {
+    const VF least = exp_f(set_f(LEAST_EXPONENT));
     VF l_i = set_f(0);
     for (int64_t j = 0; j < count; j += WIDTH) {
         VF e = exp_f(sub_f(load<FLOAT32>(scores, j, count - j), set_f(m_i)));
+        e = sub_f(e, least);
         if (count - j < WIDTH) e = first_of(e, count - j);
         l_i = add_f(l_i, e);
         store<FLOAT32>(scores, j, count - j, e);
