@@ -5,6 +5,7 @@
 #include "kernels.h"
 #include "linear.h"
 #include "prefill_amx.h"
+#include "prefill_attention_amx.h"
 #include "sequence_attention.h"
 #include "threads.h"
 #include "tiles.h"
@@ -144,6 +145,7 @@ constexpr Path path() {
     path.pack = pack;
     path.unpack = unpack;
     path.dense = dense_by_type;
+    path.attend_prefill = attend_prefill_in_tiles;
     path.attend_sequences = attend_sequences;  // in pairs of bfloat16
     path.attend_sequences_backward = attend_sequences_backward;
     path.multiply_all = multiply_all;

@@ -94,8 +94,8 @@ template <int64_t TYPE> struct PairProduct {
     static constexpr bool BYTES = false;
     const Dense &dense;
     const Linear *packed;  // or null, where weights are dense
-    int64_t first, rows, held_rows, all_steps, blocks;
-    float *x;
+    int64_t first = 0, rows = 0, held_rows = 0, all_steps = 0, blocks = 0;
+    float *x = nullptr;
 
     int64_t steps(int64_t b) const { return smaller(PASS_STEPS, all_steps - b * PASS_STEPS); }
     int64_t together(int64_t) const { return TILE_STEPS; }
