@@ -203,6 +203,17 @@ def test_a_prefill_of_more_rows_than_are_held_at_once(tiles):
         assert same(prefill(weight, x[first : first + 40]), whole[first : first + 40])
 
 
+def test_activations_that_are_more_than_a_cache_holds(tiles):
+    # 1.3 MB: they are asked for ahead, and meet more panels at once; of few rows it is otherwise.
+    weight = matrix_weight((70, 2080), 4, 32)
+    x = normal(300, 2080, dtype=torch.bfloat16)
+    whole = prefill(weight, x)
+    for first in (0, 270):
+        assert same(prefill(weight, x[first : first + 30]), whole[first : first + 30])
+    exact = weight.exact(x[:30])
+    assert (whole[:30].double() - exact).norm() <= 0.01 * exact.norm()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_where_a_prefill_is_that_of_decode(tiles, dtype):
     # Rows with what integers cannot stand for; float32; groups with gaps.
@@ -220,7 +231,7 @@ def test_where_a_prefill_is_that_of_decode(tiles, dtype):
 
 
 @pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
-@pytest.mark.parametrize("inputs", [1, 31, 64, 200, 300, 513])
+@pytest.mark.parametrize("inputs", [1, 31, 64, 200, 300, 513, 1090])
 def test_int8_products_are_those_of_vectors(tiles, inputs, static):
     scale = torch.tensor([0.02]) if static else None
     for dtype, outputs in each(DTYPES, (9, 20, 40, 72)):

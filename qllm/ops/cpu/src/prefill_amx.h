@@ -181,7 +181,7 @@ struct ByteProduct {
     }
     void fill(int64_t panel, int64_t b, float *to) const {
         const uint8_t *q = a.q + (panel * x.k_blocks + x.block[b].step / STEPS) * 64 * a.held_bits();
-        const VI sign = set_i(int32_t(0x80808080));
+        const VI middle = set_i(int32_t(0x80808080));  // of each byte
         for (int64_t s = 0; s < steps(b); s += STEPS, q += 64 * a.held_bits()) {
             alignas(64) uint8_t bytes[K_BLOCK * LANES];
             if (a.levels) unpack_integers(a, q, bytes);
@@ -189,7 +189,7 @@ struct ByteProduct {
             // A K block that is half filled is unpacked as a whole.
             for (int64_t i = 0; i < smaller(STEPS, steps(b) - s); i++, to += LANES) {
                 if (!a.levels) prefetch_into<2>(from + i * 64 + AHEAD<2>);
-                store_f(to, as_float(_mm512_xor_si512(weights(from + i * 64), sign)));
+                store_f(to, as_float(_mm512_sub_epi8(weights(from + i * 64), middle)));
             }
         }
     }

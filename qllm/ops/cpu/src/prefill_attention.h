@@ -34,6 +34,18 @@ struct Sequence {
     float *keys, *values, *recent_keys, *recent_values;
 };
 
+// The run of a sequence: whose tokens it has, and which of them count.
+static Sequence sequence_of(const Attend &a, int64_t index) {
+    Sequence s = {};
+    s.row = a.rows[index], s.token = a.starts[index], s.past = a.positions[s.token];
+    s.length = s.past + a.starts[index + 1] - s.token;
+    s.asked = a.last ? s.length - 1 : s.past;
+    s.result = a.last ? index : s.token;
+    s.begin = smaller(s.past, unseen(a.window, s.asked)) / RUN * RUN;
+    s.count = s.length - s.begin;
+    return s;
+}
+
 // A key or value (dim,) of a head of the token j, from the cache or, where it is new, from qkv; as
 // the cache's type has it.
 static void load_token(const Attend &a, const Sequence &s, int64_t kv, int64_t j, bool is_value,
@@ -295,15 +307,9 @@ static void attend_part(const Attend &a, const Sequence &s, int64_t head, int64_
 // The run of tokens of one sequence: a few heads at a time, so that their keys and values stay in
 // the caches.
 static Status attend_run(const Attend &a, int64_t index) {
-    Sequence s;
-    s.row = a.rows[index], s.token = a.starts[index], s.past = a.positions[s.token];
-    const int64_t tokens = a.starts[index + 1] - s.token, shared = a.heads / a.kv_heads;
-    s.length = s.past + tokens;
-    s.asked = a.last ? s.length - 1 : s.past;
-    s.result = a.last ? index : s.token;
+    Sequence s = sequence_of(a, index);
+    const int64_t shared = a.heads / a.kv_heads;
     s.width = (a.dim + KEYS - 1) / KEYS * KEYS;
-    s.begin = smaller(s.past, unseen(a.window, s.asked)) / RUN * RUN;
-    s.count = s.length - s.begin;
     s.panels = (s.count + KEYS - 1) / KEYS;
     s.recent = a.bits == 16 ? s.length : s.past / RUN * RUN;
     s.recent_panels = (s.length - s.recent + KEYS - 1) / KEYS;

@@ -277,17 +277,12 @@ void attend_tiles(const Attend &a, const TileSequence &t, int64_t head, int64_t 
 // are to be made in another way.
 template <int P> Status attend_run_in_tiles(const Attend &a, int64_t index, bool *finite) {
     TileSequence t;
-    Sequence &s = t.s;
-    s.row = a.rows[index], s.token = a.starts[index], s.past = a.positions[s.token];
-    const int64_t new_tokens = a.starts[index + 1] - s.token, shared = a.heads / a.kv_heads;
-    s.length = s.past + new_tokens;
-    s.asked = a.last ? s.length - 1 : s.past;
-    s.result = a.last ? index : s.token;
-    s.begin = smaller(s.past, unseen(a.window, s.asked)) / RUN * RUN;
+    Sequence &s = t.s = sequence_of(a, index);
+    const int64_t shared = a.heads / a.kv_heads;
     t.parts = P;
     t.key_dim = (a.dim + TILE_TOKENS - 1) / TILE_TOKENS * TILE_TOKENS;
     t.value_tiles = (a.dim + LANES - 1) / LANES;
-    t.tokens = (s.length - s.begin + TILE_TOKENS - 1) / TILE_TOKENS * TILE_TOKENS;
+    t.tokens = (s.count + TILE_TOKENS - 1) / TILE_TOKENS * TILE_TOKENS;
     t.finite = true;
     const int64_t of_head = P * (t.keys_size() + t.values_size());
     const int64_t fitting = max_threads() * SHARED_BYTES / 4 / of_head;
