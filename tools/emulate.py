@@ -114,6 +114,7 @@ CHANGES = (
     _in_assembly(AVX512, "vfmadd231ps", "a", "b", "v"),
     _in_assembly(AVX512, "vdpbf16ps", "a", "b", "v"),
     Change(f"{SOURCE}/tile_amx.h", "_mm512_", "emulated::"),
+    Change(f"{SOURCE}/prefill_amx.h", "_mm512_", "emulated::"),
     Change(AVX2, *INCLUDE),
     Change(AVX2, "defined(__AVXVNNI__)", "defined(EMULATED_AVXVNNI)"),
     _in_assembly(AVX2, "vpdpbusd", "w", "x", "x", prefix="%{vex%} "),

@@ -16,7 +16,12 @@ environment of its own; the torchvision that it brings is for CUDA, and is not n
 
 None of these packages is among QLLM's requirements; a rival whose packages are not there is left
 out, with a note. (llama-cpp-python compiles llama.cpp for the machine that it is on, which takes
-some minutes.) A rival's module is imported when it is asked for, and has one of
+some minutes. Where that has AMX, its 0.3.36 ends in a segmentation fault; this one does not:
+
+    CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_AVX512=ON -DGGML_AVX512_VBMI=ON -DGGML_AVX512_VNNI=ON \\
+        -DGGML_AVX512_BF16=ON" rivals/bin/pip install --no-binary llama-cpp-python llama-cpp-python
+
+) A rival's module is imported when it is asked for, and has one of
 
     layers(n, k, bits, group, copies, threads) -> list[LayerBench]
     models(repository, settings, folder, stack) -> Iterator[Model]

@@ -76,6 +76,8 @@ def _session(
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
     options = onnxruntime.SessionOptions()
     options.use_per_session_threads = False
+    # Else its threads go on spinning behind a run, and take the processors of whose turn is next.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     return onnxruntime.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )

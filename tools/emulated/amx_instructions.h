@@ -69,6 +69,10 @@ template <int T> inline void load_tile(const void *from, int64_t stride) {
     for (int row = 0; row < held.rows[T]; row++)
         memcpy(held.data[T][row], static_cast<const char *>(from) + row * stride, held.bytes[T]);
 }
+template <int T> inline void load_tile_once(const void *from, int64_t stride) {
+    load_tile<T>(from, stride);
+}
+
 template <int T> inline void store_tile(void *to, int64_t stride) {
     check_tile<T>();
     for (int row = 0; row < held.rows[T]; row++)
