@@ -60,8 +60,8 @@ static int64_t multiply_all(int64_t rounds) {
     return all_rounds * 4 * SUMS * ROW_BYTES * 2;
 }
 
-// Whether tiles of blocks of some steps make the products that plain C++ makes: of bytes, whose sums
-// wrap, or of pairs of whole numbers as bfloat16, whose sums no order changes.
+// Whether tiles of blocks of some steps make the products that plain C++ makes: of bytes, whose
+// sums wrap, or of pairs of whole numbers as bfloat16, whose sums no order changes.
 template <bool BYTES> bool products_are_right(int64_t steps) {
     constexpr int64_t R = 2 * ROWS, N = PAIR * LANES, IN = BYTES ? STEP : 2;
     const uint32_t some_bytes[] = {0x80, 127, 255, 0, 129, 1, 64};
@@ -94,11 +94,13 @@ template <bool BYTES> bool products_are_right(int64_t steps) {
             for (int64_t step = 0; step < steps; step++) {
                 const int64_t at = step / together * together * R + r * together + step % together;
                 const uint32_t a = x[at], b = w[(n / LANES * steps + step) * LANES + n % LANES];
-                for (int i = 0; i < 4; i++) sum += uint32_t(int8_t(a >> 8 * i) * int8_t(b >> 8 * i));
+                for (int i = 0; i < 4; i++)
+                    sum += uint32_t(int8_t(a >> 8 * i) * int8_t(b >> 8 * i));
                 for (int i = 0; i < 2; i++)
                     number += float_of(a >> 16 * i << 16) * float_of(b >> 16 * i << 16);
             }
-            const uint32_t got = out[((r / ROWS * PAIR + n / LANES) * ROWS + r % ROWS) * LANES + n % LANES];
+            const int64_t tile = r / ROWS * PAIR + n / LANES;
+            const uint32_t got = out[(tile * ROWS + r % ROWS) * LANES + n % LANES];
             if (BYTES ? got != sum : float_of(got) != number) return false;
         }
     return true;

@@ -4,7 +4,8 @@
 // channels: blocks of panels are turned on the way, in registers for few rows, in cache for many.
 // The products of a run of steps are added in the order of the inputs, and then to those of the
 // runs before it. So a row's result is the same to the bit whatever else is computed beside it. A
-// step of decode is for dense_decode.h; few rows of bfloat16 on AMX are for dense_decode_amx.h.
+// step of decode is for dense_decode.h; on AMX bfloat16 is for dense_decode_amx.h, of few rows, and
+// for prefill_amx.h.
 //
 // On every path it is, too, but for bfloat16 in pairs. There, the instruction says in which order
 // two products (AVX512-BF16) or those of 32 inputs (AMX) are added, and takes what is subnormal for

@@ -1,5 +1,5 @@
-// How activations lie for products of tiles on AMX (passes_amx.h), of bfloat16 or bytes: 64 bytes of
-// each row of two tiles, then the next 64. In place of dense_tile.h.
+// How activations lie for products of tiles on AMX (passes_amx.h), of bfloat16 or bytes: 64 bytes
+// of each row of two tiles, then the next 64. In place of dense_tile.h.
 #pragma once
 
 #include "isa.h"

@@ -113,7 +113,8 @@ void pass_panels(const Product &product, int64_t panel, int64_t panels, bool nea
                                    (panels + 1) / PAIR * row_tiles * (steps / together));
         for (int64_t p = 0; p < panels; p += PAIR) {
             const int64_t some = smaller(PAIR, panels - p);
-            for (int64_t n = 0; n < some; n++) product.fill(panel + p + n, b, w + n * steps * LANES);
+            for (int64_t n = 0; n < some; n++)
+                product.fill(panel + p + n, b, w + n * steps * LANES);
             float *sums = all_sums + p * rows * LANES;
             for (int64_t row = 0, count; row < rows; row += count, sums += count * PAIR * LANES) {
                 count = dense_tile_rows(rows - row);

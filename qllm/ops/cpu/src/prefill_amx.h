@@ -180,7 +180,8 @@ struct ByteProduct {
         return reinterpret_cast<const float *>(x.tile(x.block[b], row));
     }
     void fill(int64_t panel, int64_t b, float *to) const {
-        const uint8_t *q = a.q + (panel * x.k_blocks + x.block[b].step / STEPS) * 64 * a.held_bits();
+        const int64_t k_block = panel * x.k_blocks + x.block[b].step / STEPS;
+        const uint8_t *q = a.q + k_block * 64 * a.held_bits();
         const VI middle = set_i(int32_t(0x80808080));  // of each byte
         for (int64_t s = 0; s < steps(b); s += STEPS, q += 64 * a.held_bits()) {
             alignas(64) uint8_t bytes[K_BLOCK * LANES];
