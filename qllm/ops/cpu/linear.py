@@ -48,14 +48,19 @@ def about_int8_weights() -> str:
 
 def about_int8() -> str:
     """The same of `weight_only_linear_int8`."""
-    return _by_phase("activations as int8, exact sums within a block of 128 inputs")
+    return _by_phase("activations as int8, exact sums within a block of 128 inputs", "int8, then ")
 
 
-def _by_phase(integers: str) -> str:
-    """What the kernels do, where it is `integers` in all phases but perhaps the prefill."""
+def _by_phase(integers: str, first: str = "") -> str:
+    """What the kernels do, where it is `integers` in all phases but perhaps the prefill.
+
+    Args:
+        first: what becomes of activations there before they are bfloat16.
+    """
     if library.library().path == "amx":
         # As `is_bf16_prefill` in prefill_amx.h decides.
-        prefill = "prefill of bfloat16 and float16: weights as bfloat16, sums in float32"
+        operands = f"activations as {first}bfloat16, weights as bfloat16"
+        prefill = f"prefill of bfloat16 and float16: {operands}, sums in float32"
         integers = f"{prefill}; decode: {integers}"
     return f"{library.about()}; {integers}"
 

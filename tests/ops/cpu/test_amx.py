@@ -17,6 +17,7 @@ from amx_tiles import AMX, AVX512, HAS_TILES, manual, pairs, pairs_library, star
 from covering import each, slow_but
 from cpu_paths import DTYPES, INTEGERS, Weight, factored_weight, normal, same
 from cpu_paths import random_weight as matrix_weight
+from exact import int8_blocks
 from torch import Tensor
 
 from qllm.errors import UserError
@@ -177,7 +178,22 @@ def test_a_prefill_is_as_exact_as_a_product_of_bfloat16(tiles, bits):
         for rows in (1, 9, 16, 17, 33):
             assert same(prefill(weight, x[:rows], bias), whole[:rows])
             assert same(prefill(weight, x[-rows:], bias), whole[-rows:])
-        assert same(prefill(weight, x, bias, linear.weight_only_linear_int8), whole)
+
+
+@pytest.mark.parametrize("group_size", (32, 96, 128, 16, -1))
+def test_a_prefill_with_int8_activations_multiplies_what_they_stand_for(tiles, group_size):
+    for dtype, inputs in ((torch.bfloat16, 600), (torch.float16, 577)):
+        weight = matrix_weight((40, inputs), 4, group_size)
+        x = normal(40, inputs, dtype=dtype)
+        x[5] = 0
+        stood_for = torch.from_numpy(int8_blocks(x, group_size)).to(dtype)
+        whole = prefill(weight, x, run=linear.weight_only_linear_int8)
+        assert same(whole, prefill(weight, stood_for))
+        for rows in (1, 17):
+            assert same(
+                prefill(weight, x[-rows:], run=linear.weight_only_linear_int8), whole[-rows:]
+            )
+        assert not same(whole, prefill(weight, x))
 
 
 def test_a_prefill_is_the_same_however_many_panels_go_together(tiles):

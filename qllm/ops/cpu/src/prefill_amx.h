@@ -23,9 +23,8 @@ namespace {
 
 constexpr int64_t K_BLOCK_STEPS = K_BLOCK / 2;  // of pairs
 
-// Whether a layer's prefill runs so: the one place where that is decided. It is faster than that of
-// integers is with activations as int8, too, and nearer to the reference. Groups have no gaps
-// between them.
+// Whether a layer's prefill runs so: the one place where that is decided. With activations as int8
+// it is faster than products of those, too. Groups have no gaps between them.
 static inline bool is_bf16_prefill(const Linear &a) {
     const bool gaps = filled_inputs(a.group) % K_BLOCK && a.group < a.in;
     return a.prefill && is_scaled(a) && a.x_type != FLOAT32 && !gaps;
@@ -94,6 +93,8 @@ template <int64_t TYPE> struct PairProduct {
     static constexpr bool BYTES = false;
     const Dense &dense;
     const Linear *packed;  // or null, where weights are dense
+    Dense from;            // whose activations are taken, from row `from_first` on
+    int64_t from_first = 0;
     int64_t first = 0, rows = 0, held_rows = 0, all_steps = 0, blocks = 0;
     float *x = nullptr;
 
@@ -119,31 +120,60 @@ template <int64_t TYPE> struct PairProduct {
     // The activations of a block as tiles take them.
     void lay_out_block(int64_t b) const {
         for (int64_t row = 0; row < held_rows; row += dense_tile_rows(held_rows - row))
-            lay_out<TYPE, true>(dense, input(), first, row, b * PASS_STEPS);
+            lay_out<TYPE, true>(from, input(), from_first, row, b * PASS_STEPS);
     }
 };
+
+// A row of activations, from element `start` on, as what its int8 stand for, as `quantize` in
+// activations.h makes those: of a block of a group, times its largest over 127.
+static void round_row(const Linear &a, int64_t start, void *to, int64_t at) {
+    constexpr int64_t INPUTS = MAX_K_BLOCKS * K_BLOCK;
+    for (int64_t group = 0; group < a.in; group += a.group) {
+        const int64_t end = smaller(a.in, group + a.group);
+        for (int64_t input = group; input < end; input += INPUTS) {
+            const int64_t inputs = smaller(INPUTS, end - input);
+            const float least = float_of(largest_bits(a, start + input, inputs)) / 127;
+            const VF step = set_f(least == 0 ? 1 : least);
+            for (int64_t i = 0; i < inputs; i += WIDTH) {
+                const VF value = load_as(a.x, start + input + i, a.x_type, inputs - i);
+                const VF whole = max_f(set_f(-127), min_f(set_f(127), div_f(value, step)));
+                store_as(to, at + input + i, a.x_type, inputs - i,
+                         mul_f(to_float(round_i(whole)), step));
+            }
+        }
+    }
+}
 
 // y = x W^T + b in bfloat16, of packed weights or of those of `dense`; `all_steps`: of a row.
 template <int64_t TYPE>
 Status multiply_pairs(const Dense &dense, const Linear *packed, int64_t all_steps) {
     const int64_t panels = (dense.out + LANES - 1) / LANES;
     for (int64_t first = 0; first < dense.rows; first += PASS_ROWS) {
-        PairProduct<TYPE> product = {dense, packed};
-        product.first = first;
+        PairProduct<TYPE> product = {dense, packed, dense};
+        product.first = product.from_first = first;
         product.rows = smaller(PASS_ROWS, dense.rows - first);
         product.held_rows = in_whole_tiles(product.rows);
         product.all_steps = all_steps;
         product.blocks = (all_steps + PASS_STEPS - 1) / PASS_STEPS;
         const int64_t held = all_steps * product.held_rows;
         const int64_t own = max_threads() * pass_own(panels, product.held_rows);
-        product.x = static_cast<float *>(scratch(size_t((held + own) * 4 + PASS_ROWS)));
+        const bool rounds = packed && packed->mode == WEIGHT_ONLY_INT8;
+        const int64_t rounded = rounds ? (product.rows * dense.in + 31) / 32 * 16 : 0;
+        product.x = static_cast<float *>(scratch(size_t((held + own + rounded) * 4 + PASS_ROWS)));
         if (!product.x) return Status::NO_MEMORY;
-        uint8_t *fallback = reinterpret_cast<uint8_t *>(product.x + held + own);
+        if (rounds) {
+            product.from.x = product.x + held + own;
+            product.from.x_stride = dense.in;
+            product.from.rows = product.rows;
+            product.from_first = 0;
+        }
+        uint8_t *fallback = reinterpret_cast<uint8_t *>(product.x + held + own + rounded);
         const bool worth = held > WORTH_THREADS;
         if (packed)
             for_each(product.rows, worth, [&](int64_t row, int64_t) {
                 const int64_t at = (first + row) * packed->x_stride;
                 fallback[row] = largest_bits(*packed, at, packed->in) >= FALLBACK_BITS;
+                if (rounds) round_row(*packed, at, product.x + held + own, row * dense.in);
             });
         for_each(product.blocks, worth, [&](int64_t b, int64_t) { product.lay_out_block(b); });
         multiply_passes(product, panels, held * 4, product.x + held,
