@@ -36,7 +36,7 @@ struct TileSequence {
     Sequence s;
     int64_t parts, key_dim, value_tiles, tokens;
     float *keys, *values;
-    bool finite;  // all of it
+    bool *finite;  // becomes false where some key or value is not
 
     int64_t keys_size() const { return tokens * key_dim / 2; }  // of a part of a head
     int64_t values_size() const { return tokens / TILE_TOKENS * value_tiles * OPERAND; }
@@ -89,8 +89,7 @@ static void share_tiles(const Attend &a, const TileSequence &t, int64_t index, i
             largest = max_i(largest, max_i(bits_of(abs_f(some_key)), bits_of(abs_f(some_value))));
         }
     }
-    if (max_of_i(largest) >= 255 << 23)
-        __atomic_store_n(const_cast<bool *>(&t.finite), false, __ATOMIC_RELAXED);
+    if (max_of_i(largest) >= 255 << 23) __atomic_store_n(t.finite, false, __ATOMIC_RELAXED);
     for (int64_t part = 0; part < t.parts; part++) {
         const auto of_part = [=](const float *from) {
             const VF v = load_f(from), upper = upper_part(v);
@@ -283,7 +282,8 @@ template <int P> Status attend_run_in_tiles(const Attend &a, int64_t index, bool
     t.key_dim = (a.dim + TILE_TOKENS - 1) / TILE_TOKENS * TILE_TOKENS;
     t.value_tiles = (a.dim + LANES - 1) / LANES;
     t.tokens = (s.count + TILE_TOKENS - 1) / TILE_TOKENS * TILE_TOKENS;
-    t.finite = true;
+    t.finite = finite;
+    *finite = true;
     const int64_t of_head = P * (t.keys_size() + t.values_size());
     const int64_t fitting = max_threads() * SHARED_BYTES / 4 / of_head;
     const int64_t at_once = fitting < 1 ? 1 : smaller(fitting, a.kv_heads);
@@ -302,7 +302,7 @@ template <int P> Status attend_run_in_tiles(const Attend &a, int64_t index, bool
         for_each(heads * blocks, true, [&](int64_t i, int64_t thread) {
             share_tiles(a, t, i / blocks, i % blocks, own(thread));
         });
-        if (!t.finite) continue;  // what is new is still to come to the cache
+        if (!*finite) continue;  // what is new is still to come to the cache
         const int64_t count = heads * shared * parts;
         in_threads(count, count / max_threads() / RUN_PARTS + 1, [&](const Share &share) {
             Tiles tiles(nullptr);
@@ -317,7 +317,6 @@ template <int P> Status attend_run_in_tiles(const Attend &a, int64_t index, bool
             });
         });
     }
-    *finite = t.finite;
     return Status::OK;
 }
 
