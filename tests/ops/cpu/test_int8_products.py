@@ -75,6 +75,33 @@ def test_int8_rows_at_the_edges_of_tiles(scale, dtype):
         weight.assert_exact(x[:rows], None, scale)
 
 
+def _numbers_up_to_each(dtype):
+    """Rows (significands, numbers): each significand, and then all from a 512th of it to itself."""
+    significands = torch.arange(1, 2, torch.finfo(dtype).eps, dtype=torch.float64)
+    numbers = (significands * 2.0 ** -torch.arange(10).view(-1, 1)).flatten()
+    top = significands.view(-1, 1)
+    return torch.cat([top, torch.where(numbers <= top, numbers, 0)], 1).to(dtype)
+
+
+# Kernels do not divide these by their steps, and have the integers of a division nevertheless.
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_int8_of_every_significand(dtype):
+    x = _numbers_up_to_each(dtype)
+    Int8.random((2, x.shape[1])).assert_exact(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_int8_activations_of_significands(dtype):
+    x = _numbers_up_to_each(dtype)[:: 1 if dtype == torch.bfloat16 else 8]
+    top = x[:, :1].unsqueeze(1)
+    runs = torch.nn.functional.pad(x[:, 1:], (0, -(x.shape[1] - 1) % 127)).unflatten(1, (-1, 127))
+    x = torch.cat([top.expand(-1, runs.shape[1], -1), runs], 2).flatten(0, 1)
+    weight = weight_of(np.eye(128, dtype=np.int64) + 8, None, torch.ones(128, 1).half(), 4, -1)
+    want = torch.from_numpy(exact.int8_blocks(x, -1))  # which one integer more would miss by far
+    error = (weight.everywhere_int8(x).double() - want).abs()
+    assert (error <= torch.finfo(dtype).eps / 2 * want.abs()).all()
+
+
 @examples(100)
 @given(data=st.data())
 def test_any_int8_product(data):

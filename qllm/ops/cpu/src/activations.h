@@ -5,6 +5,7 @@
 // bits, two planes are one.
 #pragma once
 
+#include "elements.h"
 #include "isa.h"
 #include "kernels.h"
 #include "layout.h"
@@ -102,6 +103,26 @@ template <int P> int exponent_of(int32_t largest) {
     return scaled > TOP ? exponent + 1 : exponent;
 }
 
+// Numbers of a type over a step. Where those have 16 bits, and the step comes from the largest of
+// them, the quotient is that of a division, to the bit, and takes less time: the step's inverse
+// times the number, and once more times what that leaves. (A test has all significands.)
+struct Quotient {
+    VF step, less_step, inverse;
+    bool divides;
+
+    Quotient(float of, int64_t type, bool of_largest)
+        : step(set_f(of)), less_step(set_f(-of)), inverse(set_f(1 / of)) {
+        constexpr float LEAST = 0x1p-100, MOST = 0x1p100;  // nothing is subnormal or too large
+        divides = type == FLOAT32 || !of_largest || !(of >= LEAST && of <= MOST);
+    }
+
+    INLINE VF operator()(VF value) const {
+        if (divides) return div_f(value, step);
+        const VF quotient = mul_f(value, inverse);
+        return fma_f(fma_f(quotient, less_step, value), inverse, quotient);
+    }
+};
+
 // One row of one block as integers. Blocks that are not scaled have the row's `scale`.
 template <int P>
 void quantize(const Linear &a, const Activations &x, int64_t row, int64_t b, int64_t start,
@@ -125,7 +146,8 @@ void quantize(const Linear &a, const Activations &x, int64_t row, int64_t b, int
             if (scale == 0) scale = 1;
         }
     }
-    const VF step = set_f(scale), lowest = set_f(is_scaled(a) ? -127 : -128);
+    const Quotient quotient(scale, a.x_type, a.mode != INT8_STATIC);
+    const VF lowest = set_f(is_scaled(a) ? -127 : -128);
     int64_t tile_row = row / x.tile_rows * x.tile_rows;
     int64_t rows = smaller(x.tile_rows, x.held_rows - tile_row);
     int8_t *tile = x.tile(block, tile_row);
@@ -142,7 +164,7 @@ void quantize(const Linear &a, const Activations &x, int64_t row, int64_t b, int
             if (P > 1) {
                 whole = round_i(mul_f(mul_f(value, up), up_again));
             } else {
-                whole = round_i(max_f(lowest, min_f(set_f(127), div_f(value, step))));
+                whole = round_i(max_f(lowest, min_f(set_f(127), quotient(value))));
             }
 #if HAS_WORDS
             if (ONLY_WORDS || x.words) {
@@ -181,13 +203,14 @@ void quantize(const Linear &a, const Activations &x, int64_t row, int64_t b, int
 
 // Of a row of a block, which is too short a run for the machine to see it coming.
 static void prefetch(const Linear &a, int64_t start, int64_t count) {
-    const int64_t bytes = a.x_type == FLOAT32 ? 4 : 2;
+    const int64_t bytes = bytes_of(a.x_type);
     const char *from = static_cast<const char *>(a.x) + start * bytes;
     for (int64_t i = 0; i < count * bytes; i += 64) __builtin_prefetch(from + i);
 }
 
-// The activations, `first` being their first row in a.x. A thread takes whole blocks: the rows of a
-// tile lie side by side in cache lines, which threads would take from each other.
+// The activations, `first` being their first row in a.x. A thread takes blocks of whole tiles: rows
+// of one lie side by side in cache lines, which threads would take from each other. It takes those
+// of a tile one after the other, for then their rows are in its cache.
 template <int P> void quantize_all(const Linear &a, const Activations &x, int64_t first) {
     const bool worth = x.rows * a.in > WORTH_QUANTIZING;
     if (!is_scaled(a))
@@ -199,8 +222,11 @@ template <int P> void quantize_all(const Linear &a, const Activations &x, int64_
             }
             x.scale[row] = scale;
         });
-    for_each(x.blocks, worth, [&](int64_t b, int64_t) {
-        for (int64_t row = 0; row < x.rows; row++) {
+    const int64_t tiles = (x.rows + x.tile_rows - 1) / x.tile_rows;
+    for_each(tiles * x.blocks, worth, [&](int64_t i, int64_t) {
+        const int64_t b = i % x.blocks, begin = i / x.blocks * x.tile_rows;
+        const int64_t end = smaller(x.rows, begin + x.tile_rows);
+        for (int64_t row = begin; row < end; row++) {
             int64_t start = (first + row) * a.x_stride + x.block[b].input;
             if (row + ROWS_AHEAD < x.rows)
                 prefetch(a, start + ROWS_AHEAD * a.x_stride, x.block[b].inputs);

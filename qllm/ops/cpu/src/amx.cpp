@@ -26,7 +26,7 @@ static Status linear_by_phase(const Linear &a) {
     if (is_bf16_prefill(a))
         return a.x_type == BFLOAT16 ? bf16_prefill<BFLOAT16>(a) : bf16_prefill<FLOAT16>(a);
     if (a.rows <= max_vector_rows(a)) return avx512_path.linear(a);
-    return is_scaled(a) ? linear(a) : int8_passes(a);
+    return is_scaled(a) ? linear(a) : BY_TYPE(a.x_type, int8_passes, a);
 }
 
 static_assert(PASS_ROWS % DENSE_TILE_ROWS == 0);

@@ -7,7 +7,8 @@
 namespace qllm {
 namespace {
 
-template <int64_t TYPE> constexpr int64_t SIZE = TYPE == FLOAT32 ? 4 : 2;  // of an element
+constexpr int64_t bytes_of(int64_t type) { return type == FLOAT32 ? 4 : 2; }  // an element
+template <int64_t TYPE> constexpr int64_t SIZE = bytes_of(TYPE);
 
 // Below this many multiplications a loop is done before other threads have begun.
 constexpr int64_t WORTH_THREADS = 1 << 15;

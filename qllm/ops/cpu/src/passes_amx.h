@@ -5,13 +5,16 @@
 // products. So a block of two panels of weights, 32 KiB, is made in the first cache, and all rows
 // pass it by: their tiles come from the second cache, by loads that do not put them into the first
 // one, in the place of weights. Sums stay in tiles for the whole block, and are asked for before
-// their turn. Activations that are more than the second cache holds are asked for a block ahead;
-// each block of them meets many panels before it goes.
+// their turn. Those of the last block become results between its products: their lines, each of a
+// row of its own, are asked for as well, and nothing waits for them. Activations that are more than
+// the second cache holds are asked for a block ahead; each block of them meets many panels before
+// it goes.
 //
 // A row is a sum over all inputs in their order, in tiles and in memory, whatever else is computed.
 #pragma once
 
 #include "dense_tile_amx.h"
+#include "elements.h"
 #include "isa.h"
 #include "operands.h"
 #include "prefetch.h"
@@ -29,13 +32,56 @@ constexpr int64_t PASS_BLOCK = PAIR * PASS_STEPS * LANES;  // floats
 constexpr int64_t PASS_PARTS = 4;     // of a thread's panels, for others to take
 constexpr int64_t NEAR_BYTES = 1 << 20;  // of activations that stay in the second cache
 
+// Where the results of a product go, and what is added to them.
+struct Results {
+    void *y;
+    const void *bias;  // or null
+    int64_t out, first;  // channels, and the row that others are counted from
+
+    template <int64_t TYPE> char *place(int64_t row, int64_t panel) const {
+        return static_cast<char *>(y) + ((first + row) * out + panel * LANES) * SIZE<TYPE>;
+    }
+
+    // Those of some rows and up to PAIR panels, which are `value(row, panel)` of them.
+    template <int64_t TYPE, typename Value>
+    INLINE void store(int64_t row, int64_t rows, int64_t panel, int64_t panels,
+                      const Value &value) const {
+        const int64_t left = out - panel * LANES;
+        VF add[PAIR] = {set_f(0), set_f(0)};
+        for (int64_t p = 0; bias && p < panels; p++)
+            add[p] = load<TYPE>(bias, (panel + p) * LANES, left - p * LANES);
+        char *to = place<TYPE>(row, panel);
+        const bool whole = panels == PAIR && left >= PAIR * LANES;
+        for (int64_t r = 0; r < rows; r++, to += out * SIZE<TYPE>) {
+            if (whole) {
+                const VF a = value(r, 0), b = value(r, 1);
+                qllm::store<TYPE>(to, 0, WIDTH, bias ? add_f(a, add[0]) : a);
+                qllm::store<TYPE>(to, LANES, WIDTH, bias ? add_f(b, add[1]) : b);
+            } else {
+                for (int64_t p = 0; p < panels; p++) {
+                    const VF a = value(r, p);
+                    qllm::store<TYPE>(to, p * LANES, left - p * LANES,
+                                      bias ? add_f(a, add[p]) : a);
+                }
+            }
+        }
+    }
+};
+
 // What a pair of panels times up to two tiles of rows is made of.
 struct Pass {
     const float *x, *w;        // tiles as `dense_offset` says, and panels of (steps, LANES)
     int64_t steps, together;   // `together` of them to a tile
     bool first;                // there are no sums yet
     float *sums;               // (row tiles, PAIR, ROWS, LANES), added to
+    const char *results;       // where they go behind this, if they do: the line of the first row,
+    int64_t result_rows, result_stride;  // how many, and bytes from one to the next
 };
+
+// Where the sums of a row and a panel of a pass begin.
+INLINE inline int64_t sum_place(int64_t row, int64_t panel) {
+    return ((row / ROWS * PAIR + panel) * ROWS + row % ROWS) * LANES;
+}
 
 // Adds products of bytes, or of pairs of bfloat16.
 template <bool BYTES, int SUM, int X, int W> INLINE inline void add_tiles() {
@@ -46,7 +92,7 @@ template <bool BYTES, int SUM, int X, int W> INLINE inline void add_tiles() {
     }
 }
 
-// The sums behind these are asked for meanwhile, and so is what is `coming`.
+// The sums behind these are asked for meanwhile, and so are lines of results and what is `coming`.
 template <bool BYTES, int X, int W>
 __attribute__((noinline)) void multiply_pass(const Pass &t, ComingInto<2> &coming) {
     constexpr int64_t LINES = X * PAIR * SUMS * 4 / 64;
@@ -54,6 +100,8 @@ __attribute__((noinline)) void multiply_pass(const Pass &t, ComingInto<2> &comin
     const int64_t lines = (LINES + tiles - 1) / tiles;
     const float *x = t.x, *w = t.w, *next_w = w + t.steps * LANES;
     char *ahead = reinterpret_cast<char *>(t.sums + X * PAIR * SUMS);
+    const char *result = t.results;
+    const int64_t results = (t.result_rows + tiles - 1) / tiles;
     if (t.first) {
         clear_sums<X, W>();
     } else {
@@ -73,6 +121,8 @@ __attribute__((noinline)) void multiply_pass(const Pass &t, ComingInto<2> &comin
         }
         if constexpr (X == 2 && W == 2) add_tiles<BYTES, 3, X_TILE + 1, W_TILE + 1>();
         for (int64_t line = 0; line < lines; line++, ahead += 64) __builtin_prefetch(ahead, 1);
+        for (int64_t r = 0; r < results; r++, result += t.result_stride)
+            __builtin_prefetch(result, 1);
         coming.ask(1);
         x += X * ROWS * t.together;
         w += LANES * t.together;
@@ -97,8 +147,8 @@ void multiply_pass(const Pass &t, int64_t rows, int64_t panels, ComingInto<2> &c
 //   blocks, steps(block)        of its inputs; steps are a multiple of `together(block)`
 //   tile(block, row)            activations of a tile that begins with a row
 //   fill(panel, block, to)      a block's weights, to (steps, LANES)
-//   store(row, panel, panels, sums, apart)  a row's sums as results: those of a panel, SUMS behind
-//                               them those of the next, and `apart` behind those the next pair's
+//   TYPE, results()             of its results, and where they go
+//   store(row, rows, panel, panels, sums)  sums of up to two row tiles and PAIR panels as results
 template <typename Product>
 void pass_panels(const Product &product, int64_t panel, int64_t panels, bool near, float *own,
                  Tiles &tiles) {
@@ -118,14 +168,18 @@ void pass_panels(const Product &product, int64_t panel, int64_t panels, bool nea
             float *sums = all_sums + p * rows * LANES;
             for (int64_t row = 0, count; row < rows; row += count, sums += count * PAIR * LANES) {
                 count = dense_tile_rows(rows - row);
-                multiply_pass<Product::BYTES>({product.tile(b, row), w, steps, together, !b, sums},
-                                              count, some, coming);
+                Pass pass = {product.tile(b, row), w, steps, together, !b, sums, nullptr, 0, 0};
+                const bool last = b + 1 == product.blocks;
+                const int64_t results = smaller(count, product.rows - row);
+                if (last) {
+                    pass.results = product.results().template place<Product::TYPE>(row, panel + p);
+                    pass.result_rows = results;
+                    pass.result_stride = product.results().out * SIZE<Product::TYPE>;
+                }
+                multiply_pass<Product::BYTES>(pass, count, some, coming);
+                if (last) product.store(row, results, panel + p, some, sums);
             }
         }
-    }
-    for (int64_t row = 0; row < product.rows; row++) {
-        const float *of_row = all_sums + (row / ROWS * PAIR * ROWS + row % ROWS) * LANES;
-        product.store(row, panel, panels, of_row, PAIR * rows * LANES);
     }
 }
 

@@ -89,8 +89,9 @@ static void dequantize(const Linear &a, int64_t panel, int64_t step, int64_t ste
 }
 
 // A product in bfloat16, of some rows from `first` on.
-template <int64_t TYPE> struct PairProduct {
+template <int64_t TYPE_> struct PairProduct {
     static constexpr bool BYTES = false;
+    static constexpr int64_t TYPE = TYPE_;  // of activations and results
     const Dense &dense;
     const Linear *packed;  // or null, where weights are dense
     Dense from;            // whose activations are taken, from row `from_first` on
@@ -111,16 +112,18 @@ template <int64_t TYPE> struct PairProduct {
             load_panel<TYPE>(dense, panel, b * PASS_STEPS, steps(b), to);
         }
     }
-    void store(int64_t row, int64_t panel, int64_t panels, const float *sums,
-               int64_t apart) const {
-        for (int64_t p = 0; p < panels; p++)
-            store_sums<TYPE>(dense, first + row, (panel + p) * LANES, LANES,
-                             sums + p / PAIR * apart + p % PAIR * SUMS);
+    Results results() const { return {dense.y, dense.bias, dense.out, first}; }
+    void store(int64_t row, int64_t rows, int64_t panel, int64_t panels, const float *sums) const {
+        results().template store<TYPE>(row, rows, panel, panels,
+                                       [&](int64_t r, int64_t p) INLINE {
+                                           return load_f(sums + sum_place(r, p));
+                                       });
     }
-    // The activations of a block as tiles take them.
-    void lay_out_block(int64_t b) const {
-        for (int64_t row = 0; row < held_rows; row += dense_tile_rows(held_rows - row))
-            lay_out<TYPE, true>(from, input(), from_first, row, b * PASS_STEPS);
+    // Activations as tiles take them, of two tiles and a block for each place up to `places()`.
+    int64_t places() const { return (held_rows + 2 * ROWS - 1) / (2 * ROWS) * blocks; }
+    void lay_out_place(int64_t i) const {
+        lay_out<TYPE, true>(from, input(), from_first, i / blocks * 2 * ROWS,
+                            i % blocks * PASS_STEPS);
     }
 };
 
@@ -133,12 +136,12 @@ static void round_row(const Linear &a, int64_t start, void *to, int64_t at) {
         for (int64_t input = group; input < end; input += INPUTS) {
             const int64_t inputs = smaller(INPUTS, end - input);
             const float least = float_of(largest_bits(a, start + input, inputs)) / 127;
-            const VF step = set_f(least == 0 ? 1 : least);
+            const Quotient quotient(least == 0 ? 1 : least, a.x_type, true);
             for (int64_t i = 0; i < inputs; i += WIDTH) {
                 const VF value = load_as(a.x, start + input + i, a.x_type, inputs - i);
-                const VF whole = max_f(set_f(-127), min_f(set_f(127), div_f(value, step)));
+                const VF whole = max_f(set_f(-127), min_f(set_f(127), quotient(value)));
                 store_as(to, at + input + i, a.x_type, inputs - i,
-                         mul_f(to_float(round_i(whole)), step));
+                         mul_f(to_float(round_i(whole)), quotient.step));
             }
         }
     }
@@ -175,7 +178,7 @@ Status multiply_pairs(const Dense &dense, const Linear *packed, int64_t all_step
                 fallback[row] = largest_bits(*packed, at, packed->in) >= FALLBACK_BITS;
                 if (rounds) round_row(*packed, at, product.x + held + own, row * dense.in);
             });
-        for_each(product.blocks, worth, [&](int64_t b, int64_t) { product.lay_out_block(b); });
+        for_each(product.places(), worth, [&](int64_t i, int64_t) { product.lay_out_place(i); });
         multiply_passes(product, panels, held * 4, product.x + held,
                         [&](int64_t panel, int64_t some) {
                             for (int64_t row = 0; packed && row < product.rows; row++)
@@ -198,8 +201,9 @@ static Status dense_prefill(const Dense &a) {
 }
 
 // Weights and activations of int8, of some rows from `first` on.
-struct ByteProduct {
+template <int64_t TYPE_> struct ByteProduct {
     static constexpr bool BYTES = true;
+    static constexpr int64_t TYPE = TYPE_;  // of activations and results
     const Linear &a;
     const Activations &x;
     int64_t first, rows, held_rows, blocks;
@@ -224,20 +228,47 @@ struct ByteProduct {
             }
         }
     }
-    void store(int64_t row, int64_t panel, int64_t panels, const float *sums,
-               int64_t apart) const {
-        const VF of_row = set_f(x.scale[row]);
-        for (int64_t p = 0; p < panels; p++) {
-            const int64_t channel = (panel + p) * LANES;
-            const float *from = sums + p / PAIR * apart + p % PAIR * SUMS;
-            const VF value = to_float(load_i(reinterpret_cast<const int32_t *>(from)));
-            const VF scale = load_as(a.scales, channel, a.scale_type, WIDTH);
-            store_result(a, first + row, channel, mul_f(mul_f(value, of_row), scale));
-        }
+    Results results() const { return {a.y, a.bias, a.out, first}; }
+    void store(int64_t row, int64_t rows, int64_t panel, int64_t panels, const float *sums) const {
+        VF scale[PAIR] = {set_f(0), set_f(0)};
+        for (int64_t p = 0; p < panels; p++)
+            scale[p] = load_as(a.scales, (panel + p) * LANES, a.scale_type, WIDTH);
+        results().template store<TYPE>(
+            row, rows, panel, panels, [&](int64_t r, int64_t p) INLINE {
+                const int32_t *sum = reinterpret_cast<const int32_t *>(sums + sum_place(r, p));
+                return mul_f(mul_f(to_float(load_i(sum)), set_f(x.scale[row + r])), scale[p]);
+            });
     }
 };
 
-static Status int8_passes(const Linear &a) {
+// A row of activations of int8, with its scale: other than by `quantize` in activations.h, without
+// sums, which signed weights need not.
+template <int64_t TYPE>
+void quantize_row(const Linear &a, const Activations &x, int64_t row, int64_t start) {
+    float scale = a.input_scale ? *a.input_scale : 0;
+    if (a.mode == INT8_DYNAMIC) {
+        scale = float_of(largest_bits(a, start, a.in)) * 2 / 255;
+        if (scale == 0) scale = 1;
+    }
+    x.scale[row] = scale;
+    const Quotient quotient(scale, TYPE, a.mode == INT8_DYNAMIC);
+    const int64_t tile_row = row / x.tile_rows * x.tile_rows;
+    const int64_t rows = smaller(x.tile_rows, x.held_rows - tile_row);
+    for (int64_t b = 0; b < x.blocks; b++) {
+        const Block &block = x.block[b];
+        const int64_t inputs = tile_inputs(block.steps);
+        int8_t *to = x.tile(block, tile_row) + (row - tile_row) * inputs;
+        for (int64_t tile = 0; tile < block.steps * STEP; tile += inputs, to += rows * inputs)
+            for (int64_t i = 0; i < inputs; i += WIDTH) {
+                const int64_t input = tile + i;
+                const VF value = load<TYPE>(a.x, start + block.input + input, block.inputs - input);
+                const VF whole = max_f(set_f(-128), min_f(set_f(127), quotient(value)));
+                store_bytes(to + i, round_i(whole));
+            }
+    }
+}
+
+template <int64_t TYPE> Status int8_passes(const Linear &a) {
     const int64_t panels = (a.out + LANES - 1) / LANES;
     for (int64_t first = 0; first < a.rows; first += PASS_ROWS) {
         const int64_t rows = smaller(PASS_ROWS, a.rows - first), held_rows = in_whole_tiles(rows);
@@ -245,8 +276,10 @@ static Status int8_passes(const Linear &a) {
         const TileShape shape = {2 * ROWS, ROWS, false};
         if (!prepare<1>(x, a, rows, shape, pass_own(panels, held_rows) * 4))
             return Status::NO_MEMORY;
-        quantize_all<1>(a, x, first);
-        const ByteProduct product = {a, x, first, rows, held_rows, x.blocks};
+        for_each(rows, rows * a.in > WORTH_QUANTIZING, [&](int64_t row, int64_t) {
+            quantize_row<TYPE>(a, x, row, (first + row) * a.x_stride);
+        });
+        const ByteProduct<TYPE> product = {a, x, first, rows, held_rows, x.blocks};
         multiply_passes(product, panels, x.k_blocks * K_BLOCK * held_rows,
                         reinterpret_cast<float *>(x.own), [](int64_t, int64_t) {});
     }
