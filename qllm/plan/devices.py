@@ -228,8 +228,9 @@ class Device:
         processors: of the host, which its devices share; None: it is not known.
         stage_passes: of each of STAGE_PASSES, seconds that a stage takes besides its layers, of one
             sequence; None: as many as one device that has them all.
-        crowding: the seconds on top of them where the host has fewer processors than stages: then
-            one that waits sleeps, and one that could go on may have no processor.
+        crowding: the seconds on top of them where stages have more threads than the host has
+            processors, see `Problem.is_crowded`: then one that waits sleeps, and one that could go
+            on may have no processor.
         contention: where none of what steps of one sequence read is in the host's caches, by which
             part of what another stage's layers take those of this one take longer while both work,
             1 at most.

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qllm.plan.problem import Array, Problem, Solution, UnsolvedError, Whole
+from qllm.plan.problem import Array, Problem, Solution, UnsolvedError, Whole, two_fit
 from qllm.plan.silence import without_output
 
 GAP = 1e-4  # relative, at which a solution is as good as the best
@@ -35,10 +35,10 @@ class MixedIntegerProgram:
     """The matrices of one problem, with its numbers scaled to about 1.
 
     Variables: x (M, C); y (H, D); z (M, C, D); which of `Problem.copies` each device has; used
-    (D,); for each machine that has fewer processors than devices, whether that is so of the stages,
-    too, and for each device whether its stage is therefore in a crowd; the slowest prefill, the
-    slowest step, and the time of a step. Where the halves' devices are given, only x and the last
-    three are there and the others constants.
+    (D,); for each device whether its stage is in a crowd; for each machine whether its stages have
+    more threads than it has processors, and whether there are three or more; the slowest prefill,
+    the slowest step, and the time of a step. Where the halves' devices are given, only x and the
+    last three are there and the others constants.
 
     Where one device that has all takes other seconds than a stage does, there are two stages or
     more: each device by itself is another program.
@@ -63,8 +63,9 @@ class MixedIntegerProgram:
             self.copied = count + np.arange(copies * d).reshape(copies, d)
             count += self.copied.size
             self.used, self.in_crowd = count + np.arange(2 * d).reshape(2, d)
-            self.crowded = count + 2 * d + np.arange(len(problem.processors))
-            count += 2 * d + len(problem.processors)
+            machines = len(problem.shares)
+            self.crowded, self.several = count + 2 * d + np.arange(2 * machines).reshape(2, -1)
+            count += 2 * d + 2 * machines
         self.slow = count + np.arange(2)
         self.step = count + 2
         self.count = count + 3
@@ -122,21 +123,24 @@ class MixedIntegerProgram:
             columns = np.concatenate([self.y[:-1, : last + 1], self.y[1:, : last + 1]], axis=1)
             values = np.array([1.0] * (last + 1) + [-1.0] * (last + 1))
             self._add(columns, values, 0, np.inf)
-        for there, processors, crowded in zip(
-            self.problem.shares > 0, self.problem.processors, self.crowded, strict=True
+        for shares, crowded, several in zip(
+            self.problem.shares, self.crowded, self.several, strict=True
         ):
-            # More stages than processors make it crowded, and each of the stages there in a crowd.
-            more = max(int(there.sum() - processors), 0)
-            self._add(
-                np.append(self.used[there], crowded),
-                np.append(np.ones(there.sum()), -more),
-                -np.inf,
-                processors,
-            )
-            columns = np.stack(
-                [self.used[there], np.full(there.sum(), crowded), self.in_crowd[there]], axis=-1
-            )
-            self._add(columns, np.array([1.0, 1.0, -1.0]), -np.inf, 1)
+            self._crowd(shares, crowded, several)
+
+    def _crowd(self, shares: Array, crowded: int, several: int) -> None:
+        """`Problem.is_crowded` of the stages of one machine."""
+        there = np.flatnonzero(shares)
+        for counted, most, more in ((shares[there], 1, crowded), (np.ones(len(there)), 2, several)):
+            values = np.append(counted, -max(counted.sum() - most, 0.0))
+            self._add(np.append(self.used[there], more), values, -np.inf, most)
+        for d in there:
+            if two_fit(shares[d]):
+                columns = np.array([self.used[d], crowded, self.in_crowd[d]])
+            else:
+                columns = np.array([self.used[d], crowded, several, self.in_crowd[d]])
+            values = np.append(np.ones(len(columns) - 1), -1.0)
+            self._add(columns, values, -np.inf, len(columns) - 2)
 
     def _on_device(self, d: int, linear: Array, half: Array) -> tuple[Whole, Array, float]:
         """A sum over what is on a device, as columns, values and a constant.
@@ -294,7 +298,7 @@ class MixedIntegerProgram:
         if whole:
             integral[self.x] = 1
             if self.device is None:
-                integral[self.y] = integral[self.crowded] = 1
+                integral[self.y] = integral[self.crowded] = integral[self.several] = 1
         unit = float(np.abs(self.cost).max()) or 1.0
         limits = LinearConstraint(matrix, np.concatenate(self.low), np.concatenate(self.high))
         with without_output():

@@ -12,6 +12,7 @@ from qllm.errors import UserError
 Array = NDArray[np.float64]
 Whole = NDArray[np.int64]
 OBJECTIVES = ("loss", "bytes", "latency", "throughput")
+ROUNDING = 1e-9  # of shares that add up to 1
 
 
 class UnsolvedError(UserError):
@@ -22,6 +23,11 @@ class UnsolvedError(UserError):
             "no plan keeps to all limits at once" if in_time else "no plan was found in time"
         )
         self.in_time = in_time
+
+
+def two_fit(share: Array) -> NDArray[np.bool_]:
+    """Whether a machine has processors for two stages with so many threads, by `Problem.shares`."""
+    return np.asarray(share <= 0.5 + ROUNDING)
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,13 +52,11 @@ class Problem:
         passes: (2, D), seconds that prompts and a step take besides all halves on one device.
         stage_passes: (2, 2, D), those of each of several stages besides its own: of prompts and a
             step, while the other stages wait and while all of them work.
-        crowding: (2, 2, D), the seconds on top of them where a machine has more stages than
-            processors.
+        crowding: (2, 2, D), the seconds on top of them in a crowd; see `is_crowded`.
         contention: (D,), of what the halves of other stages of its machine take in a step, the part
             by which those of a device take longer while both work.
         shares: (G, D), for each machine that several devices share, the part of its processors
-            that a device has threads for; 0 for devices elsewhere.
-        processors: int (G,), of those machines.
+            that a device has threads for, 1 at most; 0 for devices elsewhere.
         micro_batches: parts of the batch, which go through the stages one behind the other: while
             there are several, all stages work at the same time. The first is the largest; `prefill`
             is of it, and `decode` of a mean one.
@@ -83,7 +87,6 @@ class Problem:
     crowding: Array
     contention: Array
     shares: Array
-    processors: Whole
     hop_prefill: float = 0.0
     hop_decode: float = 0.0
     micro_batches: int = 1
@@ -168,9 +171,17 @@ class Problem:
         return self.stage_passes[..., used] + self.crowding[..., used] * self.is_crowded(used)
 
     def is_crowded(self, used: Whole) -> NDArray[np.bool_]:
-        """Of the devices that are used, which share a machine that has fewer processors."""
-        there = self.shares[:, used] > 0
-        return there[there.sum(axis=1) > self.processors].any(axis=0)
+        """Of the devices that are used (U,): which have less of their machine than beside an equal.
+
+        What a stage takes besides its layers is measured with two alike, and what it takes in a
+        crowd with three. So stages of a machine are in one if they have more threads than it has
+        processors; but of those that two alike would have too few for, three or more.
+        """
+        shares = self.shares[:, used]
+        there = shares > 0
+        crowded = shares.sum(axis=1, keepdims=True) > 1 + ROUNDING
+        several = there.sum(axis=1, keepdims=True) > 2
+        return (there & crowded & (two_fit(shares) | several)).any(axis=0)
 
     @property
     def together(self) -> NDArray[np.bool_]:

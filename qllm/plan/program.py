@@ -9,7 +9,7 @@ import numpy as np
 
 from qllm.config import EMBEDDING, ModelConfig, QuantSpec
 from qllm.plan.devices import Cluster, Device, HalfWork
-from qllm.plan.problem import Problem, Whole
+from qllm.plan.problem import Problem
 from qllm.plan.products import Products
 from qllm.plan.sensitivity import Array
 from qllm.plan.shape import Shape, Workload
@@ -48,7 +48,7 @@ def build(
     hop_prefill = hop_decode = 0.0
     passes, (stage_passes, crowding) = np.zeros((2, count)), np.zeros((2, 2, 2, count))
     contention = np.zeros(count)
-    shares, processors = shared_processors(devices)
+    shares = processor_shares(devices)
     if cluster is not None:
         # Of what a step reads: the caches of a machine are shared by the stages that are there.
         cache = shape.cache(work)
@@ -100,7 +100,6 @@ def build(
         crowding=crowding,
         contention=contention,
         shares=shares,
-        processors=processors,
         hop_prefill=hop_prefill,
         hop_decode=hop_decode,
         micro_batches=micro,
@@ -184,19 +183,15 @@ def _beside_products(
     return prompt, HalfWork(in_step, second, fourth, read, heads)
 
 
-def shared_processors(devices: Sequence[Device]) -> tuple[Array, Whole]:
-    """Of each machine that several CPU devices share, the shares (G, D) and processors (G,).
-
-    See `Problem`; a device is a process there, with its threads.
-    """
+def processor_shares(devices: Sequence[Device]) -> Array:
+    """`Problem.shares`; a device is a process on its machine, with its threads."""
     hosts: dict[str, list[int]] = {}
     for d, device in enumerate(devices):
         if device.host is not None and device.threads and device.processors:
             hosts.setdefault(device.host, []).append(d)
     several = [places for places in hosts.values() if len(places) > 1]
     shares = np.zeros((len(several), len(devices)))
-    processors = np.zeros(len(several), dtype=np.int64)
     for g, places in enumerate(several):
-        processors[g] = max(devices[d].processors or 1 for d in places)
-        shares[g, places] = [min((devices[d].threads or 1) / processors[g], 1.0) for d in places]
-    return shares, processors
+        processors = max(devices[d].processors or 1 for d in places)
+        shares[g, places] = [min((devices[d].threads or 1) / processors, 1.0) for d in places]
+    return shares

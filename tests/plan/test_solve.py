@@ -45,7 +45,6 @@ def problem(seed: int, devices: int, layers: int, candidates: int = 2, **changes
         crowding=draw.uniform(0, 2, (2, 2, devices)),
         contention=draw.uniform(0, 0.5, devices),
         shares=np.zeros((0, devices)),
-        processors=np.zeros(0, dtype=np.int64),
         steps=3,
         **{
             "hop_prefill": 2.0,
@@ -97,17 +96,16 @@ def test_it_is_the_best_of_all_choices(objective, devices, layers, seed):
 @pytest.mark.parametrize("objective", ["latency", "throughput"])
 @pytest.mark.parametrize(("micro_batches", "prompt_batches"), [(1, 1.0), (3, 2.0)])
 @pytest.mark.parametrize(
-    ("shares", "processors"),
+    "shares",
     [
-        ([[0.5, 1.0, 0.5]], [2]),  # one machine with more stages than processors
-        ([[0.0, 1.0, 1.0]], [4]),  # and two devices of one that has enough, behind another
-        ([[1.0, 1.0, 0.0]], [1]),
+        [0.5, 1.0, 0.5],  # a machine that all three make crowded, or one with the large one
+        [0.0, 1.0, 1.0],  # two devices that have all of one, behind another
+        [0.75, 0.25, 0.25],
+        [0.4, 0.4, 0.4],
     ],
 )
 @pytest.mark.parametrize("memory", [0.4, 0.6])  # three devices hold it all, and two
-def test_machines_that_devices_share(
-    objective, micro_batches, prompt_batches, shares, processors, memory
-):
+def test_machines_that_devices_share(objective, micro_batches, prompt_batches, shares, memory):
     batches = {"micro_batches": micro_batches, "prompt_batches": prompt_batches}
     p = problem(2, 3, 2, objective=objective, **batches)
     limit = p.loss[:, 0].sum() * 0.5
@@ -115,13 +113,12 @@ def test_machines_that_devices_share(
     p = replace(
         p,
         memory=np.full(3, total * memory),
-        shares=np.array(shares),
-        processors=np.array(processors),
+        shares=np.array([shares]),
         max_loss=limit,
     )
     found = solve(p)
     assert found.value == pytest.approx(min(all_values(p)), rel=2e-4) and found.gap <= 2e-4
-    alone = replace(p, shares=np.zeros((0, 3)), processors=np.zeros(0, dtype=np.int64))
+    alone = replace(p, shares=np.zeros((0, 3)))
     assert p.value(found.costs) >= min(all_values(alone)) * (1 - 2e-4)
 
 
@@ -175,7 +172,6 @@ def test_stages_of_one_machine_do_not_add_up():
         stage_passes=stage_passes,
         crowding=crowding,
         contention=np.array([0.0, 0.5]),
-        processors=np.array([2]),
     )
     choice, device = np.zeros(2, dtype=int), np.array([0, 1])
     on_four, on_two = (
@@ -186,14 +182,31 @@ def test_stages_of_one_machine_do_not_add_up():
     assert (on_two.prefill, on_two.decode) == (4 + 4.5, 2 * 7.0)
     assert on_two.slowest == 2 * (4.5 + 3 * 7.0)
     one = {"micro_batches": 1, "prompt_batches": 1.0}
-    crowded = replace(p, shares=np.full((1, 2), 0.5), processors=np.array([1]), **one)
-    assert crowded.evaluate(choice, device).decode == 4.75
+    crowded = replace(p, shares=np.array([[0.25, 1.0]]), **one)
+    assert crowded.evaluate(choice, device).decode == 4.25
     stage_passes[:, 1] = crowding[:, 1] = 9.0
     one_at_a_time = replace(crowded, stage_passes=stage_passes, crowding=crowding)
     found = one_at_a_time.evaluate(choice, device)
-    assert (found.prefill, found.decode) == (4, 4.75)
+    assert (found.prefill, found.decode) == (4, 4.25)
     found = replace(p, shares=np.full((1, 2), 0.5)).evaluate(choice, np.zeros(2, dtype=int))
     assert (found.prefill, found.decode) == (2 * (6 + 9), 2 * (6 + 9))
+
+
+@pytest.mark.parametrize(
+    ("shares", "crowded"),
+    [
+        ([0.5, 0.5], [False, False]),
+        ([0.5, 1.0], [True, False]),  # what two of the second kind take is of a crowd already
+        ([1.0, 1.0], [False, False]),
+        ([0.5, 0.5, 0.5], [True, True, True]),
+        ([0.5, 1.0, 0.5], [True, True, True]),
+        ([0.75, 0.125, 0.125], [False, False, False]),  # and a thread for each processor
+        ([0.5, 0.5, 0.0], [False, False, False]),
+    ],
+)
+def test_stages_in_a_crowd(shares, crowded):
+    p = replace(problem(0, 2, 1), shares=np.array([shares]))
+    assert p.is_crowded(np.arange(len(shares))).tolist() == crowded
 
 
 def test_one_device_has_none_of_the_passes_of_stages():
