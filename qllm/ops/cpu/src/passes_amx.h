@@ -74,8 +74,8 @@ struct Pass {
     int64_t steps, together;   // `together` of them to a tile
     bool first;                // there are no sums yet
     float *sums;               // (row tiles, PAIR, ROWS, LANES), added to
-    const char *results;       // where they go behind this, if they do: the line of the first row,
-    int64_t result_rows, result_stride;  // how many, and bytes from one to the next
+    const char *results = nullptr;  // where they go behind this, if they do: the first row's line,
+    int64_t result_rows = 0, result_stride = 0;  // how many, and bytes from one to the next
 };
 
 // Where the sums of a row and a panel of a pass begin.
@@ -168,7 +168,7 @@ void pass_panels(const Product &product, int64_t panel, int64_t panels, bool nea
             float *sums = all_sums + p * rows * LANES;
             for (int64_t row = 0, count; row < rows; row += count, sums += count * PAIR * LANES) {
                 count = dense_tile_rows(rows - row);
-                Pass pass = {product.tile(b, row), w, steps, together, !b, sums, nullptr, 0, 0};
+                Pass pass = {product.tile(b, row), w, steps, together, !b, sums};
                 const bool last = b + 1 == product.blocks;
                 const int64_t results = smaller(count, product.rows - row);
                 if (last) {
