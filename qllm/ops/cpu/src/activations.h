@@ -103,6 +103,13 @@ template <int P> int exponent_of(int32_t largest) {
     return scaled > TOP ? exponent + 1 : exponent;
 }
 
+// The scale of all of a row, which begins at `start`, of a layer whose blocks are not scaled.
+static float row_scale(const Linear &a, int64_t start) {
+    if (a.mode != INT8_DYNAMIC) return a.input_scale ? *a.input_scale : 0;
+    const float scale = float_of(largest_bits(a, start, a.in)) * 2 / 255;
+    return scale == 0 ? 1 : scale;
+}
+
 // Numbers of a type over a step. Where those have 16 bits, and the step comes from the largest of
 // them, the quotient is that of a division, to the bit, and takes less time: the step's inverse
 // times the number, and once more times what that leaves. (A test has all significands.)
@@ -215,12 +222,7 @@ template <int P> void quantize_all(const Linear &a, const Activations &x, int64_
     const bool worth = x.rows * a.in > WORTH_QUANTIZING;
     if (!is_scaled(a))
         for_each(x.rows, worth && a.mode == INT8_DYNAMIC, [&](int64_t row, int64_t) {
-            float scale = a.input_scale ? *a.input_scale : 0;
-            if (a.mode == INT8_DYNAMIC) {
-                scale = float_of(largest_bits(a, (first + row) * a.x_stride, a.in)) * 2 / 255;
-                if (scale == 0) scale = 1;
-            }
-            x.scale[row] = scale;
+            x.scale[row] = row_scale(a, (first + row) * a.x_stride);
         });
     const int64_t tiles = (x.rows + x.tile_rows - 1) / x.tile_rows;
     for_each(tiles * x.blocks, worth, [&](int64_t i, int64_t) {

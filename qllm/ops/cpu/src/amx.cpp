@@ -99,8 +99,7 @@ template <bool BYTES> bool products_are_right(int64_t steps) {
                 for (int i = 0; i < 2; i++)
                     number += float_of(a >> 16 * i << 16) * float_of(b >> 16 * i << 16);
             }
-            const int64_t tile = r / ROWS * PAIR + n / LANES;
-            const uint32_t got = out[(tile * ROWS + r % ROWS) * LANES + n % LANES];
+            const uint32_t got = out[sum_place(r, n / LANES) + n % LANES];
             if (BYTES ? got != sum : float_of(got) != number) return false;
         }
     return true;

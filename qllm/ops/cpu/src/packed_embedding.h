@@ -14,7 +14,7 @@ namespace {
 template <int64_t TYPE> void embed_packed_row(const EmbedPacked &a, int64_t row) {
     const int64_t groups = (a.in + a.group - 1) / a.group, k_blocks = row_k_blocks(a.in, a.group);
     const int64_t panel = a.index[row] / LANES, lane = a.index[row] % LANES;
-    char *y = static_cast<char *>(a.y) + row * a.in * (TYPE == FLOAT32 ? 4 : 2);
+    char *y = static_cast<char *>(a.y) + row * a.in * SIZE<TYPE>;
     for (int64_t group = 0; group < groups; group++) {
         const int64_t at = (panel * groups + group) * LANES + lane;
         const auto number = [&](const void *of_groups) {

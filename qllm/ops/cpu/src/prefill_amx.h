@@ -245,13 +245,8 @@ template <int64_t TYPE_> struct ByteProduct {
 // sums, which signed weights need not.
 template <int64_t TYPE>
 void quantize_row(const Linear &a, const Activations &x, int64_t row, int64_t start) {
-    float scale = a.input_scale ? *a.input_scale : 0;
-    if (a.mode == INT8_DYNAMIC) {
-        scale = float_of(largest_bits(a, start, a.in)) * 2 / 255;
-        if (scale == 0) scale = 1;
-    }
-    x.scale[row] = scale;
-    const Quotient quotient(scale, TYPE, a.mode == INT8_DYNAMIC);
+    x.scale[row] = row_scale(a, start);
+    const Quotient quotient(x.scale[row], TYPE, a.mode == INT8_DYNAMIC);
     const int64_t tile_row = row / x.tile_rows * x.tile_rows;
     const int64_t rows = smaller(x.tile_rows, x.held_rows - tile_row);
     for (int64_t b = 0; b < x.blocks; b++) {

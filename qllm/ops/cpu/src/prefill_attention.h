@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention.h"
+#include "elements.h"
 #include "isa.h"
 #include "kernels.h"
 #include "operands.h"
@@ -70,7 +71,7 @@ static void load_token(const Attend &a, const Sequence &s, int64_t kv, int64_t j
 
 // Has a head, `index`, of some tokens, which lie far apart, in the caches.
 static void fetch_heads(const Attend &a, int64_t token, int64_t index, int64_t tokens) {
-    const int64_t size = a.type == FLOAT32 ? 4 : 2;
+    const int64_t size = bytes_of(a.type);
     const int64_t stride = (a.heads + 2 * a.kv_heads) * a.dim * size;
     fetch_rows(static_cast<const char *>(a.qkv) + token * stride + index * a.dim * size,
                stride, a.dim * size, tokens);
@@ -281,7 +282,7 @@ static void attend_part(const Attend &a, const Sequence &s, int64_t head, int64_
         for (int64_t j = these.begin; j < first; j++) row[j - s.begin] = 0;
         for (int64_t j = position + 1; j < these.length(); j++) row[j - s.begin] = 0;
     }
-    const int64_t y_stride = a.heads * a.dim * (a.type == FLOAT32 ? 4 : 2);
+    const int64_t y_stride = a.heads * a.dim * bytes_of(a.type);
     const int64_t first_result = s.result + few[0].position - s.asked;
     prefetch_rows<true>(static_cast<char *>(a.y) + first_result * y_stride +
                             head * (y_stride / a.heads),
