@@ -164,10 +164,11 @@ __attribute__((target("fma"))) float with_pairs(float sum, const uint8_t *x,
     return sum + (even + odd);
 }
 
+template <typename W>
 uint32_t with_bytes(uint32_t sum, const uint8_t *x, const uint8_t (*w)[64], int lane, int steps) {
     for (int k = 0; k < steps; k++)
         for (int i = 0; i < 4; i++)
-            sum += uint32_t(int8_t(x[4 * k + i]) * int8_t(w[k][4 * lane + i]));
+            sum += uint32_t(int8_t(x[4 * k + i]) * W(w[k][4 * lane + i]));
     return sum;
 }
 
@@ -215,7 +216,8 @@ void on_illegal(int, siginfo_t *, void *given) {
     case 0x4B3:
     case 0x4B1: move(at, false); break;  // the latter is not to stay in the first cache
     case 0x4B2: move(at, true); break;
-    case 0x5E3: multiply(at, with_bytes); break;
+    case 0x5E3: multiply(at, with_bytes<int8_t>); break;
+    case 0x5E2: multiply(at, with_bytes<uint8_t>); break;
     case 0x5C2: multiply(at, with_pairs); break;
     default: refuse("an unknown instruction");
     }

@@ -19,7 +19,7 @@ run neither. The emulation can be wrong in what it says of the hardware:
   to bfloat16 takes it for zero, too. The tests' arithmetic has it from the same manual, Intel's.
 - Whether a number that rounding makes normal counts as subnormal, and which NaN is the result.
 - In which order the lanes of a vector are summed up: in that of GCC's header.
-- VPDPBUSD, VPDPWSSD and TDPBSSD wrap; none saturates.
+- VPDPBUSD, VPDPWSSD, TDPBSSD and TDPBSUD wrap; none saturates.
 - Of what raises an exception, only vectors that are not aligned, and tiles that do not fit, end the
   process. Masked lanes are neither read nor written.
 
@@ -114,7 +114,6 @@ CHANGES = (
     _in_assembly(AVX512, "vfmadd231ps", "a", "b", "v"),
     _in_assembly(AVX512, "vdpbf16ps", "a", "b", "v"),
     Change(f"{SOURCE}/tile_amx.h", "_mm512_", "emulated::"),
-    Change(f"{SOURCE}/prefill_amx.h", "_mm512_", "emulated::"),
     Change(AVX2, *INCLUDE),
     Change(AVX2, "defined(__AVXVNNI__)", "defined(EMULATED_AVXVNNI)"),
     _in_assembly(AVX2, "vpdpbusd", "w", "x", "x", prefix="%{vex%} "),

@@ -89,8 +89,8 @@ template <int SUM, int X, int W> inline void check_product() {
            "a product of tiles that do not fit");
 }
 
-// TDPBSSD: int8 times int8, sums wrap. Tiles have zeros behind their bytes, and so do products.
-template <int SUM, int X, int W> inline void add_product() {
+// int8 times bytes of a type, sums wrap. Tiles have zeros behind their bytes, and so do products.
+template <int SUM, int X, int W, typename BYTE> inline void add_bytes() {
     check_product<SUM, X, W>();
     for (int row = 0; row < held.rows[SUM]; row++) {
         uint32_t sums[16];
@@ -99,10 +99,16 @@ template <int SUM, int X, int W> inline void add_product() {
             const uint8_t *x = held.data[X][row] + 4 * k, *w = held.data[W][k];
             for (int lane = 0; lane < 16; lane++)
                 for (int i = 0; i < 4; i++)
-                    sums[lane] += uint32_t(int8_t(x[i]) * int8_t(w[4 * lane + i]));
+                    sums[lane] += uint32_t(int8_t(x[i]) * BYTE(w[4 * lane + i]));
         }
         memcpy(held.data[SUM][row], sums, 64);
     }
+}
+
+// TDPBSSD and TDPBSUD.
+template <int SUM, int X, int W> inline void add_product() { add_bytes<SUM, X, W, int8_t>(); }
+template <int SUM, int X, int W> inline void add_unsigned_product() {
+    add_bytes<SUM, X, W, uint8_t>();
 }
 
 // Half a row of sums: even and odd inputs have sums of their own, which are added to each other and

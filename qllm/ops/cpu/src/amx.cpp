@@ -83,8 +83,9 @@ template <bool BYTES> bool products_are_right(int64_t steps) {
     {
         Tiles tiles(nullptr);
         tiles.take_shapes(together * STEP);
-        ComingInto<2> nothing;
-        multiply_pass<BYTES>({tiles_x, reinterpret_cast<const float *>(w), steps, together, false,
+        ComingOperands nothing;
+        const Panels panels = {reinterpret_cast<const float *>(w), steps * LANES};
+        multiply_pass<BYTES>({tiles_x, panels, steps, together, false,
                               reinterpret_cast<float *>(out)}, R, PAIR, nothing);
     }
     for (int64_t r = 0; r < R; r++)
@@ -95,7 +96,7 @@ template <bool BYTES> bool products_are_right(int64_t steps) {
                 const int64_t at = step / together * together * R + r * together + step % together;
                 const uint32_t a = x[at], b = w[(n / LANES * steps + step) * LANES + n % LANES];
                 for (int i = 0; i < 4; i++)
-                    sum += uint32_t(int8_t(a >> 8 * i) * int8_t(b >> 8 * i));
+                    sum += uint32_t(int8_t(a >> 8 * i) * uint8_t(b >> 8 * i));
                 for (int i = 0; i < 2; i++)
                     number += float_of(a >> 16 * i << 16) * float_of(b >> 16 * i << 16);
             }

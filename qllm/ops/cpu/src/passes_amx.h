@@ -2,13 +2,13 @@
 //
 // A product of two by two tiles takes 64 cycles, and its operands are 4 KiB: more than the second
 // cache gives meanwhile. Sums that leave the tiles for it and come back cost as much as four such
-// products. So a block of two panels of weights, 32 KiB, is made in the first cache, and all rows
-// pass it by: their tiles come from the second cache, by loads that do not put them into the first
-// one, in the place of weights. Sums stay in tiles for the whole block, and are asked for before
-// their turn. Those of the last block become results between its products: their lines, each of a
-// row of its own, are asked for as well, and nothing waits for them. Activations that are more than
-// the second cache holds are asked for a block ahead; each block of them meets many panels before
-// it goes.
+// products. So a block of two panels of weights, 32 KiB, is made in the first cache, or comes there
+// where weights lie as tiles take them, and all rows pass it by: their tiles come from the second
+// cache, by loads that do not put them into the first one, in the place of weights. Sums stay in
+// tiles for the whole block, and are asked for before their turn. Those of the last block become
+// results between its products: their lines, each of a row of its own, are asked for as well, and
+// nothing waits for them. A block ahead, weights are asked for that are many bytes, and activations
+// that are more than the second cache holds; each block of those meets many panels before it goes.
 //
 // A row is a sum over all inputs in their order, in tiles and in memory, whatever else is computed.
 #pragma once
@@ -68,9 +68,16 @@ struct Results {
     }
 };
 
+// A block's weights.
+struct Panels {
+    const float *first;  // (steps, LANES)
+    int64_t apart;       // floats from one to the next
+};
+
 // What a pair of panels times up to two tiles of rows is made of.
 struct Pass {
-    const float *x, *w;        // tiles as `dense_offset` says, and panels of (steps, LANES)
+    const float *x;  // tiles as `dense_offset` says
+    Panels w;
     int64_t steps, together;   // `together` of them to a tile
     bool first;                // there are no sums yet
     float *sums;               // (row tiles, PAIR, ROWS, LANES), added to
@@ -83,22 +90,28 @@ INLINE inline int64_t sum_place(int64_t row, int64_t panel) {
     return ((row / ROWS * PAIR + panel) * ROWS + row % ROWS) * LANES;
 }
 
-// Adds products of bytes, or of pairs of bfloat16.
+// Adds products of bytes, the weights' without sign, or of pairs of bfloat16.
 template <bool BYTES, int SUM, int X, int W> INLINE inline void add_tiles() {
     if constexpr (BYTES) {
-        add_product<SUM, X, W>();
+        add_unsigned_product<SUM, X, W>();
     } else {
         add_pairs<SUM, X, W>();
     }
 }
 
+// What is behind a pass.
+struct ComingOperands {
+    ComingInto<2> x;
+    ComingRows w;
+};
+
 // The sums behind these are asked for meanwhile, and so are lines of results and what is `coming`.
 template <bool BYTES, int X, int W>
-__attribute__((noinline)) void multiply_pass(const Pass &t, ComingInto<2> &coming) {
+__attribute__((noinline)) void multiply_pass(const Pass &t, ComingOperands &coming) {
     constexpr int64_t LINES = X * PAIR * SUMS * 4 / 64;
     const int64_t bytes = t.together * STEP, tiles = t.steps / t.together;
     const int64_t lines = (LINES + tiles - 1) / tiles;
-    const float *x = t.x, *w = t.w, *next_w = w + t.steps * LANES;
+    const float *x = t.x, *w = t.w.first, *next_w = w + t.w.apart;
     char *ahead = reinterpret_cast<char *>(t.sums + X * PAIR * SUMS);
     const char *result = t.results;
     const int64_t results = (t.result_rows + tiles - 1) / tiles;
@@ -123,7 +136,8 @@ __attribute__((noinline)) void multiply_pass(const Pass &t, ComingInto<2> &comin
         for (int64_t line = 0; line < lines; line++, ahead += 64) __builtin_prefetch(ahead, 1);
         for (int64_t r = 0; r < results; r++, result += t.result_stride)
             __builtin_prefetch(result, 1);
-        coming.ask(1);
+        coming.x.ask(1);
+        coming.w.ask();
         x += X * ROWS * t.together;
         w += LANES * t.together;
         next_w += LANES * t.together;
@@ -132,7 +146,7 @@ __attribute__((noinline)) void multiply_pass(const Pass &t, ComingInto<2> &comin
 }
 
 template <bool BYTES>
-void multiply_pass(const Pass &t, int64_t rows, int64_t panels, ComingInto<2> &coming) {
+void multiply_pass(const Pass &t, int64_t rows, int64_t panels, ComingOperands &coming) {
     if (panels < PAIR)
         return rows > ROWS ? multiply_pass<BYTES, 2, 1>(t, coming)
                            : multiply_pass<BYTES, 1, 1>(t, coming);
@@ -146,30 +160,40 @@ void multiply_pass(const Pass &t, int64_t rows, int64_t panels, ComingInto<2> &c
 //   rows, held_rows             its rows, and those that fill whole tiles
 //   blocks, steps(block)        of its inputs; steps are a multiple of `together(block)`
 //   tile(block, row)            activations of a tile that begins with a row
-//   fill(panel, block, to)      a block's weights, to (steps, LANES)
+//   weights(panel, panels, block, own)  a block's, which may be made in PASS_BLOCK floats
+//   coming(panel, panels, block)  what those are read from, if it is worth asking for
 //   TYPE, results()             of its results, and where they go
 //   store(row, rows, panel, panels, sums)  sums of up to two row tiles and PAIR panels as results
 template <typename Product>
 void pass_panels(const Product &product, int64_t panel, int64_t panels, bool near, float *own,
                  Tiles &tiles) {
     const int64_t rows = product.held_rows, row_tiles = (rows + 2 * ROWS - 1) / (2 * ROWS);
-    float *w = own, *all_sums = own + PASS_BLOCK;
+    const int64_t all_panels = (product.results().out + LANES - 1) / LANES;
+    float *all_sums = own + PASS_BLOCK;
     for (int64_t b = 0; b < product.blocks; b++) {
         const int64_t steps = product.steps(b), together = product.together(b);
+        const int64_t turns = row_tiles * (steps / together);  // of a pair of panels
+        const bool last = b + 1 == product.blocks;
         tiles.take_shapes(together * STEP);
-        ComingInto<2> coming;
-        if (!near && b + 1 < product.blocks)
-            coming = ComingInto<2>(product.tile(b + 1, 0), product.steps(b + 1) * rows * STEP,
-                                   (panels + 1) / PAIR * row_tiles * (steps / together));
+        ComingOperands coming;
+        if (!near && !last)
+            coming.x = ComingInto<2>(product.tile(b + 1, 0), product.steps(b + 1) * rows * STEP,
+                                     (panels + 1) / PAIR * turns);
         for (int64_t p = 0; p < panels; p += PAIR) {
             const int64_t some = smaller(PAIR, panels - p);
-            for (int64_t n = 0; n < some; n++)
-                product.fill(panel + p + n, b, w + n * steps * LANES);
+            const Panels w = product.weights(panel + p, some, b, own);
+            // Then come the next panels, and behind these the next block or those of the next part.
+            const bool ends = p + PAIR >= panels;
+            const int64_t next = !ends ? panel + p + PAIR : last ? panel + panels : panel;
+            const int64_t next_block = !ends ? b : last ? 0 : b + 1;
+            const int64_t next_panels = smaller(PAIR, all_panels - next);
+            coming.w = ComingRows();
+            if (next_panels > 0)
+                coming.w = product.coming(next, next_panels, next_block).in(turns);
             float *sums = all_sums + p * rows * LANES;
             for (int64_t row = 0, count; row < rows; row += count, sums += count * PAIR * LANES) {
                 count = dense_tile_rows(rows - row);
                 Pass pass = {product.tile(b, row), w, steps, together, !b, sums};
-                const bool last = b + 1 == product.blocks;
                 const int64_t results = smaller(count, product.rows - row);
                 if (last) {
                     pass.results = product.results().template place<Product::TYPE>(row, panel + p);

@@ -54,5 +54,42 @@ template <int CACHE> class ComingInto {
 };
 using Coming = ComingInto<1>;
 
+// What is read once some turns of other work are done, of rows that are far apart: it is asked for
+// in those, into the second cache, as many lines in each; no more of them than memory gives in the
+// time of a product of tiles. What is left by then is not asked for.
+class ComingRows {
+  public:
+    ComingRows() = default;
+    ComingRows(const void *first, int64_t rows, int64_t stride, int64_t bytes)
+        : line(static_cast<const char *>(first)),
+          end(line + bytes),
+          rows(rows),
+          stride(stride),
+          bytes(bytes) {}
+
+    ComingRows in(int64_t turns) const {
+        ComingRows some = *this;
+        some.at_once = smaller(MAX_LINES, (rows * ((bytes + 63) / 64) + turns - 1) / turns);
+        return some;
+    }
+
+    // One more turn is done.
+    INLINE void ask() {
+        for (int64_t i = 0; i < at_once && rows > 0; i++) {
+            prefetch_into<2>(line);
+            line += 64;
+            if (line < end) continue;
+            line = end + stride - bytes;
+            end += stride;
+            rows--;
+        }
+    }
+
+  private:
+    static constexpr int64_t MAX_LINES = 6;
+    const char *line = nullptr, *end = nullptr;  // of a row
+    int64_t rows = 0, stride = 0, bytes = 0, at_once = 0;
+};
+
 }  // namespace
 }  // namespace qllm

@@ -5,7 +5,7 @@
 // products and sums are those of dense layers in bfloat16. Rows that integers cannot stand for are
 // left to float arithmetic here too: infinities and NaN are those of other paths.
 //
-// Of `8:tc-li` all is integers: weights become signed bytes.
+// Of `8:tc-li` all is integers, and weights are read as they are stored.
 #pragma once
 
 #include "dense_input.h"
@@ -105,12 +105,25 @@ template <int64_t TYPE_> struct PairProduct {
     const float *tile(int64_t b, int64_t row) const {
         return input().tile(row, b * PASS_STEPS, steps(b));
     }
-    void fill(int64_t panel, int64_t b, float *to) const {
-        if (packed) {
-            dequantize(*packed, panel, b * PASS_STEPS, steps(b), to);
-        } else if constexpr (TYPE == BFLOAT16) {
-            load_panel<TYPE>(dense, panel, b * PASS_STEPS, steps(b), to);
+    Panels weights(int64_t panel, int64_t panels, int64_t b, float *own) const {
+        const Panels made = {own, steps(b) * LANES};
+        for (int64_t end = panel + panels; panel < end; panel++, own += made.apart) {
+            if (packed) {
+                dequantize(*packed, panel, b * PASS_STEPS, steps(b), own);
+            } else if constexpr (TYPE == BFLOAT16) {
+                load_panel<TYPE>(dense, panel, b * PASS_STEPS, steps(b), own);
+            }
         }
+        return made;
+    }
+    // Packed weights are few bytes, for what is to be done to them.
+    ComingRows coming(int64_t panel, int64_t panels, int64_t b) const {
+        if (packed) return {};
+        const int64_t channel = panel * LANES, stride = dense.in * SIZE<TYPE>;
+        const int64_t at = b * PASS_STEPS * STEP;
+        return {static_cast<const char *>(dense.w) + channel * stride + at,
+                smaller(panels * LANES, dense.out - channel), stride,
+                smaller(steps(b) * STEP, stride - at)};
     }
     Results results() const { return {dense.y, dense.bias, dense.out, first}; }
     void store(int64_t row, int64_t rows, int64_t panel, int64_t panels, const float *sums) const {
@@ -213,20 +226,29 @@ template <int64_t TYPE_> struct ByteProduct {
     const float *tile(int64_t b, int64_t row) const {
         return reinterpret_cast<const float *>(x.tile(x.block[b], row));
     }
-    void fill(int64_t panel, int64_t b, float *to) const {
-        const int64_t k_block = panel * x.k_blocks + x.block[b].step / STEPS;
-        const uint8_t *q = a.q + k_block * 64 * a.held_bits();
-        const VI middle = set_i(int32_t(0x80808080));  // of each byte
-        for (int64_t s = 0; s < steps(b); s += STEPS, q += 64 * a.held_bits()) {
-            alignas(64) uint8_t bytes[K_BLOCK * LANES];
-            if (a.levels) unpack_integers(a, q, bytes);
-            const uint8_t *from = a.levels ? bytes : q;  // bytes are steps as they lie
-            // A K block that is half filled is unpacked as a whole.
-            for (int64_t i = 0; i < smaller(STEPS, steps(b) - s); i++, to += LANES) {
-                if (!a.levels) prefetch_into<2>(from + i * 64 + AHEAD<2>);
-                store_f(to, as_float(_mm512_sub_epi8(weights(from + i * 64), middle)));
+    // As they are stored, 128 above what they stand for, unless those are places in a table.
+    const uint8_t *stored(int64_t panel, int64_t b) const {
+        return a.q + (panel * x.k_blocks + x.block[b].step / STEPS) * 64 * a.held_bits();
+    }
+    Panels weights(int64_t panel, int64_t panels, int64_t b, float *own) const {
+        if (!a.levels)
+            return {reinterpret_cast<const float *>(stored(panel, b)),
+                    x.k_blocks * STEPS * LANES};
+        const Panels made = {own, (steps(b) + STEPS - 1) / STEPS * STEPS * LANES};
+        for (int64_t end = panel + panels; panel < end; panel++, own += made.apart) {
+            const uint8_t *q = stored(panel, b);
+            auto *to = reinterpret_cast<uint8_t *>(own);
+            for (int64_t s = 0; s < steps(b); s += STEPS, to += K_BLOCK * LANES) {
+                unpack_integers(a, q, to);
+                q += 64 * a.held_bits();
             }
         }
+        return made;
+    }
+    ComingRows coming(int64_t panel, int64_t panels, int64_t b) const {
+        const int64_t k_block = 64 * a.held_bits();
+        return {stored(panel, b), panels, x.k_blocks * k_block,
+                (steps(b) + STEPS - 1) / STEPS * k_block};
     }
     Results results() const { return {a.y, a.bias, a.out, first}; }
     void store(int64_t row, int64_t rows, int64_t panel, int64_t panels, const float *sums) const {
@@ -236,19 +258,21 @@ template <int64_t TYPE_> struct ByteProduct {
         results().template store<TYPE>(
             row, rows, panel, panels, [&](int64_t r, int64_t p) INLINE {
                 const int32_t *sum = reinterpret_cast<const int32_t *>(sums + sum_place(r, p));
-                return mul_f(mul_f(to_float(load_i(sum)), set_f(x.scale[row + r])), scale[p]);
+                const VI products = sub_i(load_i(sum), set_i(x.sum[row + r]));
+                return mul_f(mul_f(to_float(products), set_f(x.scale[row + r])), scale[p]);
             });
     }
 };
 
-// A row of activations of int8, with its scale: other than by `quantize` in activations.h, without
-// sums, which signed weights need not.
+// A row of activations of int8, with its scale, and as its sum what stored weights make too much:
+// as by `quantize` in activations.h, of all blocks at once.
 template <int64_t TYPE>
 void quantize_row(const Linear &a, const Activations &x, int64_t row, int64_t start) {
     x.scale[row] = row_scale(a, start);
     const Quotient quotient(x.scale[row], TYPE, a.mode == INT8_DYNAMIC);
     const int64_t tile_row = row / x.tile_rows * x.tile_rows;
     const int64_t rows = smaller(x.tile_rows, x.held_rows - tile_row);
+    VI sum = zero_i();
     for (int64_t b = 0; b < x.blocks; b++) {
         const Block &block = x.block[b];
         const int64_t inputs = tile_inputs(block.steps);
@@ -258,9 +282,12 @@ void quantize_row(const Linear &a, const Activations &x, int64_t row, int64_t st
                 const int64_t input = tile + i;
                 const VF value = load<TYPE>(a.x, start + block.input + input, block.inputs - input);
                 const VF whole = max_f(set_f(-128), min_f(set_f(127), quotient(value)));
-                store_bytes(to + i, round_i(whole));
+                const VI integers = round_i(whole);
+                sum = add_i(sum, integers);
+                store_bytes(to + i, integers);
             }
     }
+    x.sum[row] = sum_of_i(sum) * 128;
 }
 
 template <int64_t TYPE> Status int8_passes(const Linear &a) {
