@@ -22,7 +22,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 
-SPARE_ADDERS = 32  # of dispatch.cpp
+AMD = 32  # of dispatch.cpp
 
 
 def use(name: str) -> bool:
@@ -33,7 +33,7 @@ def use(name: str) -> bool:
     library = native.library()
     features = library.qllm_features()
     if name == "avx512" and name != library.path:
-        features ^= SPARE_ADDERS
+        features ^= AMD
     return library.qllm_use(name.encode(), ctypes.c_int64(features))
 
 

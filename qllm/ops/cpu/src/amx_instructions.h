@@ -45,10 +45,10 @@ template <int SUM, int X, int W> inline void add_unsigned_product() {
 }
 
 // Adds products of bfloat16 to float32 sums, with 2 inputs to a lane and to a row; not as VDPBF16PS
-// adds up a pair. Even and odd inputs have sums of their own, each of fused multiply-adds from 0 on,
-// in the order of the inputs; the two are added, and then that is added to the tile. All of it is
-// rounded to nearest, halves to even; operands that are subnormal count as zero, and so do results;
-// MXCSR is neither read nor written, and no exception raised.
+// adds up a pair. Even and odd inputs have sums of their own, each of fused multiply-adds from 0
+// on, in the order of the inputs; the two are added, and then that is added to the tile. All of it
+// is rounded to nearest, halves to even; operands that are subnormal count as zero, and so do
+// results; MXCSR is neither read nor written, and no exception raised.
 template <int SUM, int X, int W> inline void add_pairs() {
     __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(SUM), "i"(X), "i"(W));
 }

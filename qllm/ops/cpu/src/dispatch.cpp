@@ -15,6 +15,7 @@
 #include <cstring>
 
 #include "kernels.h"
+#include "machine.h"
 #include "threads.h"
 
 namespace {
@@ -35,7 +36,7 @@ enum Feature : int64_t {
     AVX512 = 4,
     AMX = 8,
     BF16 = 16,
-    SPARE_ADDERS = 32,  // no path needs it
+    AMD = 32,  // no path needs it
 };
 
 uint64_t enabled_state() {
@@ -112,7 +113,7 @@ int64_t features() {
     if (a71 & 1u << 4) found |= AVX_VNNI;
     uint32_t ebx, ecx, edx;
     __get_cpuid(0, &a, &ebx, &ecx, &edx);
-    if (ebx == signature_AMD_ebx && ecx == signature_AMD_ecx) found |= SPARE_ADDERS;
+    if (ebx == signature_AMD_ebx && ecx == signature_AMD_ecx) found |= AMD;
     const uint32_t f = 1u << 16, dq = 1u << 17, bw = 1u << 30, vl = 1u << 31, vnni = 1u << 11;
     const uint32_t wide = f | dq | bw | vl;
     if ((state & 0xE6) != 0xE6 || (b7 & wide) != wide || !(c7 & vnni)) return found;
@@ -158,7 +159,7 @@ thread_local Scratch own;
 
 }  // namespace
 
-bool qllm::spare_adders = false;
+qllm::Machine qllm::machine = OTHER_MACHINE;
 
 void *qllm::scratch(size_t bytes) {
     if (own.size < bytes) {
@@ -190,7 +191,7 @@ PUBLIC bool qllm_use(const char *name, int64_t with) {
         if (choice.path && !strcmp(choice.path->name, name) &&
             (choice.needs & with) == choice.needs) {
             current = choice.path;
-            spare_adders = with & SPARE_ADDERS;
+            machine = with & AMD ? AMD_MACHINE : OTHER_MACHINE;
             return true;
         }
     return false;

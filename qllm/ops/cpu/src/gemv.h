@@ -4,6 +4,7 @@
 #include "activations.h"
 #include "isa.h"
 #include "layout.h"
+#include "machine.h"
 #include "operands.h"
 #include "prefetch.h"
 #include "results.h"
@@ -72,8 +73,8 @@ INLINE inline void add_steps(Sums<S, V> (&sums)[SETS], const uint8_t *q, int64_t
 // unpacked in registers: where weights are used a few times, memory has to be read without a pause,
 // and the way through the cache costs more than it saves. It is slower in several places at once,
 // where it is slow: no more panels go together than the units need to be busy, for which one panel
-// has several sets of sums.
-template <int KIND, int S, int N>
+// has several sets of sums. What comes next is asked for into one of two caches.
+template <int KIND, int S, int N, int CACHE>
 __attribute__((noinline)) void gemv(const Linear &a, const Activations &x, int64_t row,
                                     int64_t panel, int64_t panels, Grid &grid, float *out) {
     constexpr int BITS = HELD_BITS<KIND>;
@@ -83,8 +84,7 @@ __attribute__((noinline)) void gemv(const Linear &a, const Activations &x, int64
     const uint8_t *q = a.q + panel * size, *end = q + size;
     Operands o = operands_of(a, out);
     grid.end = 0;  // what it has is of other panels
-    constexpr int CACHE = 3 * S > BITS ? 2 : 1;  // fewer operands take less time than memory
-    constexpr int64_t AWAY = AHEAD<CACHE>;
+    const int64_t away = CACHE == 1 ? FIRST_AHEAD : machine.ahead;
     constexpr int V = N * VECTORS;
     constexpr int SETS = WIDENS || OPERAND_BYTES == 2 || S * V > 4 ? 1 : S * V > 2 ? 2 : 4;
     for (int64_t b = 0; b < x.blocks; b++) {
@@ -97,7 +97,7 @@ __attribute__((noinline)) void gemv(const Linear &a, const Activations &x, int64
         const auto read_ahead = [&] {
             if (row > 0) return;  // for the tiles below, panels are in cache
             // Behind the end of these panels come the next ones.
-            const uint8_t *ahead = q + AWAY + (q + AWAY < end ? 0 : (N - 1) * stride);
+            const uint8_t *ahead = q + away + (q + away < end ? 0 : (N - 1) * stride);
             for (int n = 0; n < N; n++)
                 for (int v = 0; v < BITS; v++) prefetch_into<CACHE>(ahead + n * stride + v * 64);
         };
@@ -177,7 +177,7 @@ __attribute__((noinline)) void gemv_words(const Linear &a, const Activations &x,
         VI pairs[2] = {zero_i(), zero_i()};
         const auto read_ahead = [&] {
             if (row > 0) return;
-            const uint8_t *ahead = q + AHEAD<2> + (q + AHEAD<2> < end ? 0 : stride);
+            const uint8_t *ahead = q + machine.ahead + (q + machine.ahead < end ? 0 : stride);
             for (int v = 0; v < BITS; v++) {
                 prefetch_into<2>(ahead + v * 64);
                 prefetch_into<2>(ahead + stride + v * 64);
@@ -228,7 +228,9 @@ Gemv gemv_of_kind(const Linear &a) {
     if constexpr (KIND > 1)
         if (kind_of(a) != KIND) return gemv_of_kind<S, next_kind(KIND)>(a);
     constexpr int N = VECTORS == 1 && S > 2 ? 2 : 1;
-    return {gemv<KIND, S, N>, N};
+    if constexpr (3 * S <= HELD_BITS<KIND>)  // few operands take less time than memory
+        if (machine.into_first) return {gemv<KIND, S, N, 1>, N};
+    return {gemv<KIND, S, N, 2>, N};
 }
 
 template <int S = GEMV_OPERANDS> Gemv gemv_of(const Linear &a, int64_t operands) {
@@ -248,7 +250,7 @@ Gemv gemv_words_of_kind(const Linear &a) {
 template <int R> Gemv gemv_words_of(const Linear &a) {
     // Every other row is multiplied as it is: sums take the time of unpacking, too.
     if constexpr (R == GEMV_WORD_ROWS && !HALVES)
-        if (spare_adders) return gemv_words_of_kind<R, 2>(a);
+        if (machine.spare_adders) return gemv_words_of_kind<R, 2>(a);
     return gemv_words_of_kind<R, 1>(a);
 }
 #endif

@@ -386,10 +386,6 @@ extern Status (*const avxvnni_halves)(const Linear &);
 extern Status (*const avx512_linear)(const Linear &);
 extern Status (*const avx512_halves)(const Linear &);
 
-// Whether vectors are added by units that do not multiply, beside those that do: AMD's. Of Intel's
-// those that multiply int16 add as well, and one other at the most.
-extern bool spare_adders;
-
 // Memory of the calling thread, 64-byte aligned, kept for its next call; null where there is none.
 void *scratch(size_t bytes);
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "isa.h"
+#include "machine.h"
 #include "operands.h"
 #include "prefetch.h"
 #include "threads.h"
@@ -19,9 +20,8 @@ constexpr int64_t PART = WIDTH * STEP < 16 ? 16 : WIDTH * STEP;
 typedef uint8_t Bytes __attribute__((vector_size(PART), may_alias));
 typedef uint16_t Halves __attribute__((vector_size(PART), may_alias));
 
-// Bytes to prefetch ahead of what is read, into the first cache or the second.
-template <int CACHE> constexpr int64_t AHEAD = CACHE == 1 ? 4096 : 8192;
-constexpr int64_t PACK_AHEAD = 512;  // the same in each of the LANES rows that are packed
+// Bytes to prefetch ahead of what is read, in each of the LANES rows that are packed.
+constexpr int64_t PACK_AHEAD = 512;
 
 // Where the planes of a K block begin, in bits of a value; a plane of p bits is p vectors long, so
 // this counts vectors as well. 7 bits: the plane of 4 at 0, of 2 at 4, of 1 at 6.
@@ -69,7 +69,7 @@ inline void unpack_steps(const uint8_t *k_block, uint8_t *out) {
 
 // A K block of a panel to bytes, step after step.
 template <int BITS> void unpack_k_block(const uint8_t *k_block, uint8_t *out) {
-    for (int v = 0; v < BITS; v++) prefetch_into<2>(k_block + v * 64 + AHEAD<2>);
+    for (int v = 0; v < BITS; v++) prefetch_into<2>(k_block + v * 64 + machine.ahead);
     for (int64_t at = 0; at < 64; at += PART) unpack_steps<BITS>(k_block + at, out + at);
 }
 

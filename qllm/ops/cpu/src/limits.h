@@ -3,6 +3,7 @@
 
 #include "isa.h"
 #include "layout.h"
+#include "machine.h"
 #include "prefetch.h"
 #include "threads.h"
 #include "tiles.h"
@@ -20,7 +21,7 @@ static int64_t read_all(const uint8_t *from, int64_t bytes) {
             for (; part < end; part++) {
                 const uint8_t *p = from + part * 256;
                 for (int i = 0; i < 4; i++) {
-                    prefetch_into<1>(p + i * 64 + AHEAD<1>);
+                    prefetch_into<1>(p + i * 64 + FIRST_AHEAD);
                     for (int v = 0; v < VECTORS; v++)
                         sums[i] = add_i(sums[i], weights(p + i * 64 + v * WIDTH * STEP));
                 }
@@ -78,7 +79,7 @@ template <int EVERY> int64_t multiply_rounds(int64_t rounds) {
 
 static int64_t multiply_all(int64_t rounds) {
     if constexpr (IN_WORDS<1>)
-        if (spare_adders) return multiply_rounds<WORDS_EVERY>(rounds);
+        if (machine.spare_adders) return multiply_rounds<WORDS_EVERY>(rounds);
     return multiply_rounds<1>(rounds);
 }
 

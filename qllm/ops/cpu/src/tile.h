@@ -2,6 +2,7 @@
 #pragma once
 
 #include "isa.h"
+#include "machine.h"
 #include "operands.h"
 
 namespace qllm {
@@ -252,7 +253,7 @@ template <int P, int R, int N> void multiply_some(const Operands &o, int64_t fro
     if constexpr (IN_WORDS<P>) {
         // One function more: with fewer rows or panels there are fewer sums for the units.
         if constexpr (R == TILE_ROWS<P> && N * VECTORS > 1)
-            if (spare_adders) return multiply_words<WORDS_EVERY, R, N>(o, from);
+            if (machine.spare_adders) return multiply_words<WORDS_EVERY, R, N>(o, from);
         multiply_words<1, R, N>(o, from);
     } else {
         multiply<P, R, N>(o, from);
