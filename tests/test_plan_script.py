@@ -242,7 +242,7 @@ def test_stages_of_this_machine_are_run_by_processes_of_their_own(given, tmp_pat
         "passes": dict.fromkeys(("decode", "prefill"), (1e-6, 0.0, 0.0)),
         "cache": (0.0, 0.0, 0.0),
     }
-    speed |= {"working_sets": (1e5, 1e6, 1e7, 1e8), "among_others": 0.0}
+    speed |= {"working_sets": (1e5, 1e6, 1e7, 1e8), "among_others": {"decode": 0.0, "prefill": 0.0}}
     device = {"host": platform.node(), "threads": 1, "memory": half, "measured": speed}
     devices = [device | {"name": "a"}, device | {"name": "b"}]
     (tmp_path / "cluster.json").write_text(json.dumps({"devices": devices}))

@@ -162,7 +162,7 @@ def _measured(value: Any, where: str) -> MeasuredSpeed:
             for phase in PHASES
         }
         halves = {phase: _five(value["halves"][phase]) for phase in PHASES}
-        (among,) = _numbers([value["among_others"]], 1)
+        among = {phase: _numbers([value["among_others"][phase]], 1)[0] for phase in PHASES}
         passes = {phase: _three(value["passes"][phase]) for phase in PHASES}
         # Probes from before experts were measured do not speak of them.
         expert, of_value = _numbers(value.get("of_experts", (0.0, 0.0)), 2)

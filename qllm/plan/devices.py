@@ -140,8 +140,8 @@ class MeasuredSpeed:
             sequences, and for each of their logits.
         working_sets: rising, four or more; bytes that a step goes through, of which caches keep
             some. Between two, a weight's time goes by the logarithm.
-        among_others: by which part a step's products take longer in a model than by themselves,
-            where caches keep none of it.
+        among_others: "decode" and "prefill" to the part by which products take longer in a model
+            than by themselves: a step's, where caches keep none of it, and all of prompts.
         of_experts: seconds of an expert in a prompt's pass besides its products, and of each value
             that it takes: what `qllm.plan.probed_experts` measures. In steps they take next to
             nothing.
@@ -152,7 +152,7 @@ class MeasuredSpeed:
     cache: tuple[float, float, float]
     passes: Mapping[str, tuple[float, float, float]]
     working_sets: tuple[float, ...]
-    among_others: float
+    among_others: Mapping[str, float]
     of_experts: tuple[float, float] = (0.0, 0.0)
 
     def linear(
@@ -174,7 +174,9 @@ class MeasuredSpeed:
             found = seconds[-1] * rows / known[-1]
         else:
             found = float(np.interp(rows, known, seconds))
-        return found * (1 + self.farness(model) * self.among_others) if decode else found
+        if decode:
+            return found * (1 + self.farness(model) * self.among_others["decode"])
+        return found * (1 + self.among_others["prefill"])
 
     def half(self, work: HalfWork, *, decode: bool, model: float) -> float:
         phase = "decode" if decode else "prefill"

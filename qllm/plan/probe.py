@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import statistics
 import time
@@ -34,7 +35,7 @@ SMALL: tuple[Size, ...] = ((256, 256), (256, 1024), (1024, 256), (1024, 1024))
 # weights are read about as fast as those of an LM head; of 1536 they are read more slowly.
 LEAST, LARGE = (1024, 256), (2048, 2048)
 ROWS = {"decode": (1, 2, 4, 8, 16), "prefill": (1, 16, 128, 512)}
-FORMAT = 21  # of what is found: what was kept in another is measured again
+FORMAT = 22  # of what is found: what was kept in another is measured again
 ROUNDS = 5  # of all measurements, in turns: a shared machine is slow for seconds at a time
 SECONDS = 0.02  # that one measurement takes in a round at least
 
@@ -133,7 +134,9 @@ class Probe:
         of_cache = self._caches.seconds(
             {name: self._seconds("attention", name) for name in self._attention}
         )
-        rest = self._models.rest(MeasuredSpeed(linears, {}, (0.0, *of_cache), {}, sets, 0.0))
+        alone = dict.fromkeys(ROWS, 0.0)
+        products = MeasuredSpeed(linears, {}, (0.0, *of_cache), {}, sets, alone)
+        rest = self._models.rest(products)
         decode = rest["decode"]
         return MeasuredSpeed(
             linears,
@@ -144,7 +147,7 @@ class Probe:
             (decode.byte, *of_cache),
             {name: (each.whole, each.sequence, each.logit) for name, each in rest.items()},
             sets,
-            decode.among_others,
+            {name: each.among_others for name, each in rest.items()},
             self._experts.seconds(),
         )
 
@@ -170,7 +173,6 @@ class Probe:
 def _products(spec: QuantSpec) -> Iterator[tuple[QuantSpec, str, int, Size, int]]:
     """The spec, phase, bytes, matrices' size and rows of all that is measured of a spec."""
     for name, counts in ROWS.items():
-        # Prompts are bound by arithmetic: wherever their weights come from, all take as long.
         least, small, *larger = WORKING_SETS
         sets = [(small, size) for size in SMALL]
         if name == "decode":
@@ -212,13 +214,17 @@ class Matrices:
 def _product(
     linears: Sequence[Linear], rows: int, dtype: torch.dtype, device: str, name: str
 ) -> tuple[Callable[[], object], int]:
-    """A call that multiplies with some matrices in turn, and their number."""
-    if name == "prefill":  # bound by arithmetic: two matrices are as good as all
-        linears = linears[:2]
+    """A call that multiplies with some matrices in turn, and their number.
+
+    Of prompts, which take long, a call has two matrices, and the next one the next two: weights
+    come from as far as they do in a model, whose prompts wait for them where products are fast.
+    """
     x = torch.randn(rows, linears[0].in_features, dtype=dtype, device=device)
+    in_turn = itertools.cycle(linears)
+    count = min(2, len(linears)) if name == "prefill" else len(linears)
 
     def run() -> None:
-        for linear in linears:
+        for linear in itertools.islice(in_turn, count):
             linear(x)
 
     def run_step() -> None:
@@ -227,10 +233,10 @@ def _product(
             run()
 
     if name == "prefill":
-        return run, len(linears)
+        return run, count
     with torch.inference_mode():
         step = capture(run_step, torch.device(device), no_graph=None)  # as steps of decode are
-    return step.replay, len(linears)
+    return step.replay, count
 
 
 @torch.inference_mode()

@@ -59,7 +59,8 @@ class Rest(NamedTuple):
         whole, sequence, logit: of its `passes`.
         half, far_half, value, score, product: of its `halves`.
         byte: of its `cache`, the first.
-        among_others: seconds of the products by themselves, as far as caches keep none of them.
+        among_others: seconds of the products by themselves: of a step, as far as caches keep none
+            of them, and of prompts.
     """
 
     whole: float
@@ -138,15 +139,15 @@ class Models:
                 if kind.is_far():
                     continue
                 rows, scores = batch * context, layers * batch * heads * context**2
+                known = products_of(*given, rows, batch, held, decoding=False)
                 prompt = step._replace(
                     far_half=0.0,
                     value=count * rows * hidden,
                     score=scores,
                     product=scores * channels,
                     byte=0.0,
-                    among_others=0.0,
+                    among_others=known,
                 )
-                known = products_of(*given, rows, batch, held, decoding=False)
                 prefill.append((prompt, self._seconds("prefill", kind, batch, context), known))
         return {"decode": Rest(*fit(decode)), "prefill": Rest(*fit(prefill))}
 

@@ -21,7 +21,7 @@ def test_measured_speeds_are_what_was_measured(tmp_path):
         (1e-11, 2e-11, 1e-7),
         {"decode": (5e-6, 2e-6, 1e-9), "prefill": (1e-3, 0.0, 0.0)},
         (5e5, 1e6, 4e6, 8e6),
-        0.5,
+        {"decode": 0.5, "prefill": 0.125},
     )
     beside = {"stage_passes": {"decode": 2e-5}, "crowding": {"prefill": 1e-4}, "processors": 2}
     beside |= {"contention": 0.25}
@@ -44,6 +44,8 @@ def test_measured_speeds_are_what_was_measured(tmp_path):
     # Half of the way, by the logarithm; and products of a model take by a half longer than alone.
     assert between == pytest.approx(1.25 * (1e-5 + 2.5e-6 + 2e-4))
     assert far == pytest.approx(1.5 * (1e-5 + 2.5e-6 + 3e-4))
+    prompt = again.linear(four, size, 0, 1, decode=False, model=1e5)
+    assert prompt == pytest.approx(1.125 * near)  # wherever its weights come from
     middle = again.linear(four, size, 0, 4, decode=True, model=1e5)
     assert middle == pytest.approx(near + 3 / 7 * near)
     assert again.linear(four, size, 0, 16, decode=True, model=1e5) == pytest.approx(4 * near)

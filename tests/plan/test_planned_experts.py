@@ -298,7 +298,8 @@ def test_what_experts_of_prompts_take_besides_products_is_told_from_two_prompts(
     assert probed.seconds() == pytest.approx((1e-3, 1e-9))
     table = {phase: {"16": {"1": (0.0,) * 6}} for phase in PHASES}
     beside = dict.fromkeys(PHASES, (0.0,) * 5), (0.0,) * 3, dict.fromkeys(PHASES, (0.0,) * 3)
-    speed = MeasuredSpeed(table, *beside, (1.0, 2.0, 3.0, 4.0), 0.0, probed.seconds())
+    rest = (1.0, 2.0, 3.0, 4.0), dict.fromkeys(PHASES, 0.0), probed.seconds()
+    speed = MeasuredSpeed(table, *beside, *rest)
     path = tmp_path / "cluster.json"
     devices = [{"name": "here", "memory": 1, "measured": speed.to_json()}]
     path.write_text(json.dumps({"devices": devices}))

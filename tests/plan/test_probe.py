@@ -73,7 +73,7 @@ def test_what_is_measured_predicts(tmp_path):
 
 
 @pytest.mark.usefixtures("small")
-def test_what_steps_take_on_top_where_no_cache_keeps_them_is_told(monkeypatch):
+def test_what_passes_take_on_top_in_models_is_told(monkeypatch):
     monkeypatch.setattr(probed_models, "FAR_MODELS", ((128, 4, 64), (64, 16, 64), (128, 1, 2048)))
     found = probe.Probe([FOUR], torch.float32, "cpu")
     near = probe.WORKING_SETS[1]
@@ -87,7 +87,7 @@ def test_what_steps_take_on_top_where_no_cache_keeps_them_is_told(monkeypatch):
         for batch, context in kind.work():
             for name in PHASES:
                 models.times[name, kind, batch, context] = [1.0]
-    alone = replace(found.speed(), among_others=0.0)
+    alone = replace(found.speed(), among_others=dict.fromkeys(PHASES, 0.0))
     for kind, model in models.models.items():
         held = sum(module.nbytes() for module in probed_models.linears(model).values())
         for batch, context in kind.work():
@@ -99,9 +99,14 @@ def test_what_steps_take_on_top_where_no_cache_keeps_them_is_told(monkeypatch):
             )
             step = products * (1 + 0.25 * far) + 2 * kind.layers * (1e-6 + 4e-6 * far)
             models.times["decode", kind, batch, context] = [step]
+            rows = batch * context
+            prompt = probed_models.products_of(
+                model, FOUR, alone, rows, batch, held, decoding=False
+            )
+            models.times["prefill", kind, batch, context] = [1.5 * prompt + 2e-6 * kind.layers]
     told = found.speed()
     assert told.halves["decode"][:2] == pytest.approx((1e-6, 4e-6), rel=1e-3)
-    assert told.among_others == pytest.approx(0.25, rel=1e-3)
+    assert told.among_others == pytest.approx({"decode": 0.25, "prefill": 0.5}, rel=1e-3)
     assert told.halves["prefill"][1] == 0
 
 
@@ -180,6 +185,26 @@ def test_products_of_steps_are_those_of_steps_whenever_they_are_captured(name):
     seen.clear()
     run()
     assert count == 1 and seen == [name == "decode"] and not phase.decoding()
+
+
+@pytest.mark.usefixtures("replayed_later")
+def test_products_of_prompts_go_through_all_matrices_two_at_a_time():
+    """The same two again would come from caches, where a model's come from memory."""
+    seen: list[int] = []
+
+    class Product:
+        in_features = 4
+
+        def __init__(self, number: int) -> None:
+            self.number = number
+
+        def __call__(self, x: torch.Tensor) -> None:
+            seen.append(self.number)
+
+    run, count = probe._product(list(map(Product, range(5))), 1, torch.float32, "cpu", "prefill")
+    for _ in range(5):
+        run()
+    assert count == 2 and seen == [*range(5), *range(5)]
 
 
 @pytest.mark.usefixtures("replayed_later")
