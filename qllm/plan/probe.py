@@ -177,7 +177,7 @@ def _products(spec: QuantSpec) -> Iterator[tuple[QuantSpec, str, int, Size, int]
         sets = [(small, size) for size in SMALL]
         if name == "decode":
             sets += [(least, LEAST), *((each, LARGE) for each in larger)]
-        else:
+        else:  # from caches, and from memory: they take long
             sets.append((larger[-1], LARGE))
         for nbytes, size in sets:
             for rows in counts:

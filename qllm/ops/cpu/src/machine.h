@@ -22,7 +22,7 @@ struct Machine {
 
 constexpr Machine AMD_MACHINE = {true, true, 8192}, OTHER_MACHINE = {false, false, 3072};
 
-// This one; until a path is taken, another one.
+// This one, once a path is taken.
 extern Machine machine;
 
 }  // namespace qllm
